@@ -1,0 +1,56 @@
+# Two commands do all the set-up: `make demo` (install, then the main job end to end) and `make test`.
+# PYTHON chooses the interpreter that makes the environment: make install PYTHON=python3.12
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-gpu lint type format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: $(STAMP)  ## make the environment in .venv and install the package with its development tools
+
+# uv installs the same packages several times faster than pip and shares files between environments; pip is the fallback.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"fsvfm needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; choose another one with PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q uv
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install -e '.[dev]' || $(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+demo: install  ## portraits → pre-training → two detectors → evaluation → report.html; finished steps are not repeated
+	$(BIN)/python -m fsvfm.prepare recipe=demo
+	$(BIN)/python -m fsvfm.train experiment=demo_pretrain
+	$(BIN)/python -m fsvfm.train experiment=demo_dfd
+	$(BIN)/python -m fsvfm.train experiment=demo_dfd_adapter
+	$(BIN)/python -m fsvfm.evaluate experiment=demo_dfd
+	$(BIN)/python -m fsvfm.report
+
+test: install  ## the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: install  ## tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: install  ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: install  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: install  ## mypy
+	$(BIN)/mypy
+
+format: install  ## rewrite in the house style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install  ## benchmarks, as ratios against a plain baseline
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove build products and caches; keeps .venv, data and runs
+	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

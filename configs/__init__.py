@@ -1,0 +1,1 @@
+"""Hydra configuration groups, packaged as `fsvfm.configs`."""

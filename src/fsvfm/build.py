@@ -1,0 +1,258 @@
+"""From a composed configuration to data, task, callbacks, loggers and trainer — in this order, in this one place.
+
+:func:`check` looks at the configuration as a whole before anything heavy starts and reports all problems together.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from fsvfm.errors import ConfigError, FsvfmError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+#: Keys of the ``data`` group that describe the data set; all others are arguments of the data module.
+DATA_FACTS = ("name", "prepare", "mean", "std")
+STEPS = ("fit", "test")
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print, on the first process only."""
+    print(text, flush=True)
+
+
+def prepared(folder: str | Path) -> bool:
+    """Whether a manifest is there: a prepared folder, or a Parquet or CSV file."""
+    path = Path(folder).expanduser()
+    return path.is_file() or (path / "manifest.parquet").is_file() or (path / "manifest.csv").is_file()
+
+
+def _missing_values(cfg: DictConfig) -> list[str]:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    return [f"{key} has no value; choose an experiment=… that sets it, or give {key}=…" for key in missing]
+
+
+def _data_problems(cfg: DictConfig) -> list[str]:
+    problems = []
+    wanted = [(cfg.data.name, path, cfg.data.prepare) for path in cfg.data.manifests] if "fit" in cfg.run else []
+    if "test" in cfg.run:
+        wanted += [(name, test.manifest, test.prepare) for name, test in cfg.get("testsets", {}).items()]
+        if not cfg.get("testsets"):
+            problems.append("run contains `test` but the protocol has no test sets; choose protocol=… or run=[fit]")
+    for name, path, how in wanted:
+        if not prepared(path):
+            where = Path(path).expanduser().absolute()
+            problems.append(f"data set {name}: no manifest in {where}; prepare it with\n      {how}")
+    return list(dict.fromkeys(problems))
+
+
+def _device_problems(cfg: DictConfig) -> list[str]:
+    trainer, problems = cfg.trainer, []
+    cuda = torch.cuda.device_count()
+    devices = trainer.devices if isinstance(trainer.devices, int) else cuda
+    if trainer.accelerator == "gpu" and (not cuda or devices > cuda):
+        problems.append(
+            f"trainer asks for {trainer.devices} GPU(s) per node but {cuda} CUDA device(s) are visible; use e.g. "
+            "trainer.accelerator=cpu trainer.devices=1 trainer.precision=32-true, or fewer trainer.devices"
+        )
+    if str(trainer.precision).startswith("16"):
+        problems.append(
+            f"trainer.precision={trainer.precision}: float16 needs loss scaling, which hides non-finite steps; "
+            "use bf16-mixed (the same speed, no scaling) or 32-true"
+        )
+    return problems
+
+
+def _value_problems(cfg: DictConfig) -> list[str]:
+    problems = []
+    unknown = [step for step in cfg.run if step not in STEPS]
+    if unknown or not cfg.run:
+        problems.append(f"run={list(cfg.run)}: expected a list of {', '.join(STEPS)}")
+    if cfg.model.image_size % cfg.model.patch_size:
+        problems.append(
+            f"model.image_size={cfg.model.image_size} is not a multiple of model.patch_size={cfg.model.patch_size}"
+        )
+    if not 0 < cfg.masking.ratio < 1:
+        problems.append(f"masking.ratio={cfg.masking.ratio}: expected a share between 0 and 1 (the papers use 0.75)")
+    if cfg.optim.base_lr <= 0:
+        problems.append(f"optim.base_lr={cfg.optim.base_lr}: expected a positive learning rate per 256 images")
+    if cfg.data.batch_size < 1:
+        problems.append(f"data.batch_size={cfg.data.batch_size}: expected at least 1")
+    if cfg.augment.mixup and "ForgeryTask" in cfg.task._target_ and cfg.data.batch_size % 2:
+        problems.append(f"data.batch_size={cfg.data.batch_size} must be even: mixup pairs the images of a batch")
+    init = cfg.model.init
+    remote = init is not None and str(init).startswith(("hf://", "zoo:"))
+    if init is not None and not remote and not Path(str(init)).expanduser().exists():
+        problems.append(
+            f"model.init={init} does not exist; train it first (an experiment's export is <run folder>/export), give "
+            "hf://<repository>/<file> or zoo:<name> (`python -m fsvfm.export list`), or model.init=null for no init"
+        )
+    return problems
+
+
+def check(cfg: DictConfig) -> None:
+    """Validate a configuration as a whole.
+
+    Raises:
+        ConfigError: with every problem found, each saying what to do.
+    """
+    problems = _missing_values(cfg)
+    if not problems:
+        problems = _value_problems(cfg) + _data_problems(cfg) + _device_problems(cfg)
+    if problems:
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+        raise ConfigError(f"this run cannot start; {len(problems)} thing(s) to settle first:\n{listed}")
+
+
+def initial_checkpoint(cfg: DictConfig) -> Any:
+    """The checkpoint named by ``model.init``, or None."""
+    if cfg.model.init is None:
+        return None
+    from fsvfm.checkpoint import load_checkpoint
+
+    return load_checkpoint(str(cfg.model.init))
+
+
+def _statistics(cfg: DictConfig, checkpoint: Any, data: Any) -> tuple[list[float], list[float]]:
+    """Mean and std: given in ``data``, else the initial checkpoint's, else computed once from the training faces."""
+    if cfg.data.mean is not None and cfg.data.std is not None:
+        return list(cfg.data.mean), list(cfg.data.std)
+    if checkpoint is not None and checkpoint.meta.get("mean") is not None:
+        return list(checkpoint.meta["mean"]), list(checkpoint.meta["std"])
+    from fsvfm.data.stats import cached_statistics
+
+    manifest = data.manifest if hasattr(data, "manifest") else data.train
+    return cached_statistics(manifest, cfg.model.image_size, workers=max(2, cfg.data.workers))
+
+
+def create(config: DictConfig, *, without: tuple[str, ...] = (), **more: Any) -> Any:
+    """Call a config node's ``_target_`` with its other values as plain Python objects.
+
+    Unlike ``hydra.utils.instantiate`` this goes one level deep (tasks want plain values) and lets our own errors through.
+    """
+    values = OmegaConf.to_container(config, resolve=True)
+    arguments = {str(k): v for k, v in values.items() if k not in ("_target_", *without)}  # type: ignore[union-attr]
+    return get_class(config._target_)(**arguments, **more)
+
+
+def build_data(cfg: DictConfig) -> pl.LightningDataModule:
+    """The data module of the ``data`` group."""
+    return create(cfg.data, without=DATA_FACTS)
+
+
+def build_task(cfg: DictConfig, data: pl.LightningDataModule) -> pl.LightningModule:
+    """The task of the ``task`` group, with normalisation filled in and the initial checkpoint loaded."""
+    import pytorch_lightning as pl
+
+    pl.seed_everything(cfg.seed, verbose=False)
+    checkpoint = initial_checkpoint(cfg)
+    mean, std = _statistics(cfg, checkpoint, data)
+    task = create(cfg.task, mean=mean, std=std)
+    if checkpoint is not None:
+        report = task.initialise(checkpoint)
+        say(f"initialised from {cfg.model.init}: {report}")
+    return task
+
+
+def _report_batch(cfg: DictConfig) -> None:
+    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else torch.cuda.device_count() or 1
+    effective = cfg.data.batch_size * devices * cfg.trainer.num_nodes * cfg.trainer.accumulate_grad_batches
+    lr = cfg.optim.base_lr * effective / 256
+    note = f"effective batch {effective}, peak learning rate {lr:.3g} (= {cfg.optim.base_lr:g} · {effective} / 256)"
+    if cfg.optim.effective_batch and effective != cfg.optim.effective_batch:
+        note += f"; the recipe was tuned for {cfg.optim.effective_batch}: set data.batch_size, trainer.devices or "
+        note += "trainer.accumulate_grad_batches to reach it"
+    say(note)
+
+
+def _quieten() -> None:
+    """Leave out Lightning's hints that are no news here; its warnings about the run stay."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*Previous log files in this directory will be deleted.*",  # callbacks.csv_log keeps them
+        ".*Checkpoint directory .* exists and is not empty.*",  # runs continue in their folder
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*your dataloader is not resumable.*",  # it is: data.datamodules keeps the position
+        ".*LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def build_trainer(cfg: DictConfig) -> pl.Trainer:
+    """Trainer with the callbacks and loggers of their groups; metrics.csv in the run folder is always written."""
+    from fsvfm.callbacks.csv_log import MetricsFile
+
+    _report_batch(cfg)
+    _quieten()
+    callbacks = [create(value) for value in cfg.callbacks.values() if value is not None]
+    loggers = [MetricsFile(str(cfg.paths.run))]
+    loggers += [create(value) for value in cfg.logger.values() if value is not None]
+    return create(cfg.trainer, callbacks=callbacks, logger=loggers)
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """The run's folder, created."""
+    folder = Path(cfg.paths.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+#: Settings that may change when a run is continued: they do not change what is computed.
+_FREE = ("run", "resume", "ckpt", "evaluate", "logger", "paths", "hydra", "protocol", "testsets", "name", "callbacks")
+
+
+def settle_folder(cfg: DictConfig) -> None:
+    """Compare with the configuration already in the run folder, then write this one as ``config.yaml``.
+
+    Raises:
+        ConfigError: the folder belongs to a run with other settings; continuing would mix the two.
+    """
+    folder = run_folder(cfg)
+    file = folder / "config.yaml"
+    new = OmegaConf.to_container(cfg, resolve=True)
+    if file.is_file() and cfg.resume != "never":
+        old = OmegaConf.to_container(OmegaConf.load(file))
+        changed = list(_differences(old, new))
+        if changed:
+            listed = "\n".join(f"  {key}: {was!r} → {now!r}" for key, was, now in changed[:20])
+            raise ConfigError(
+                f"{folder} holds a run with other settings:\n{listed}\n"
+                "Give this run its own name=…, delete the folder, or start it over with resume=never"
+            )
+    temporary = file.with_suffix(".tmp")
+    OmegaConf.save(OmegaConf.create(new), temporary)
+    temporary.replace(file)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Any:
+    """(key, old, new) of every setting that matters and differs."""
+    for key in sorted({*old, *new}, key=str):
+        name = f"{prefix}{key}"
+        if name in _FREE or name in ("trainer.devices", "data.workers", "trainer.default_root_dir"):
+            continue
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f"{name}.")
+        elif was != now:
+            yield name, was, now
+
+
+def command_line() -> str:
+    """The command as it was given, for records."""
+    return shlex.join(["python", "-m", "fsvfm." + Path(sys.argv[0]).stem, *sys.argv[1:]])
+
+
+__all__ = ["FsvfmError", "build_data", "build_task", "build_trainer", "check", "command_line", "settle_folder"]

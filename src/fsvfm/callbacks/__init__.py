@@ -1,0 +1,1 @@
+"""Lightning callbacks: guards, progress, throughput, panels, probe."""

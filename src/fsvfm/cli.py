@@ -1,0 +1,47 @@
+"""What every command shares: an error made on purpose is one line, not a traceback."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fsvfm.errors import FsvfmError
+
+_LONGEST = 120
+
+
+def slug(base: object, overrides: object) -> str:
+    """A folder name from an experiment and its overrides, without separators; long ones end in a digest."""
+    text = re.sub(r"[^\w.,=+-]+", "-", f"{base},{overrides}" if overrides else str(base))
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("slug", slug, replace=True)
+
+
+def guard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a command; print an :class:`FsvfmError` as ``error: …`` on stderr and leave with status 1."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except FsvfmError as error:
+            if os.environ.get("HYDRA_FULL_ERROR"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
+            sys.exit(130)
+
+    return run

@@ -1,0 +1,1 @@
+"""Face detection, cropping, landmarks, parsing and blending: shared by recipes and by prediction."""

@@ -1,0 +1,1 @@
+"""Metrics on all samples of a test set: pure functions of scores, labels and video ids."""

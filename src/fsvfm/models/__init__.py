@@ -1,0 +1,1 @@
+"""Vision transformers, the pre-training networks, and downstream heads."""

@@ -1,0 +1,172 @@
+"""A backbone with a head, what of it is trained, and what its classes mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fsvfm.errors import ConfigError
+from fsvfm.models.heads import AdapterHead, DetectorOutput, FASHead, LinearHead
+from fsvfm.models.vit import ViTConfig, create_backbone
+
+#: Ways of tuning that exist; all but ``full`` freeze the backbone.
+TUNES = ("full", "adapter", "linear")
+
+#: Tasks by name of their head.
+TASKS = ("forgery", "antispoof")
+
+
+class Detector(nn.Module):
+    """Backbone, pooled feature, head.
+
+    A frozen backbone (``fc_norm`` and the position embedding included) has no trainable parameter and stays in
+    evaluation mode in training, except for drop-path if ``frozen_drop_path`` is set: the papers' numbers come from
+    code that leaves it active under FS-Adapter, where it is an augmentation of the features.
+
+    Args:
+        backbone: timm ViT without classifier.
+        head: maps (feature (B, dim), tokens (B, 1 + L, dim)) to :class:`DetectorOutput`.
+        class_order: what logit i stands for, a permutation of ``real`` and ``fake``.
+        frozen: train the head only.
+        frozen_drop_path: with ``frozen``, keep the backbone's drop-path active in training.
+    """
+
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        head: nn.Module,
+        class_order: Sequence[str],
+        *,
+        frozen: bool = False,
+        frozen_drop_path: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.class_order = check_class_order(class_order)
+        self.frozen = frozen
+        self.frozen_drop_path = frozen_drop_path
+        if frozen:
+            backbone.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Detector:
+        """Training mode, of which a frozen backbone takes part with its drop-path at most."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+            if mode and self.frozen_drop_path:
+                for module in self.backbone.modules():
+                    if isinstance(module, DropPath):
+                        module.train()
+        return self
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) normalised images → pooled feature after fc_norm (B, dim), tokens (B, 1 + L, dim) before it."""
+        tokens = self.backbone.forward_features(images)
+        return self.backbone.forward_head(tokens, pre_logits=True), tokens
+
+    def forward(self, images: Tensor) -> DetectorOutput:
+        """(B, 3, H, W) images, normalised with the pre-training set's mean and std → logits (B, 2) and projection."""
+        return self.head(*self.features(images))
+
+    def scores(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images → P(fake), (B,) float32 in [0, 1]."""
+        return fake_probability(self(images).logits, self.class_order)
+
+    def trainable_parameters(self) -> int:
+        """Number of parameters that training changes."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def build_detector(
+    model: Mapping[str, Any] | ViTConfig,
+    tune: Mapping[str, Any],
+    class_order: Sequence[str],
+    *,
+    task: str = "forgery",
+    quirk: bool = False,
+) -> Detector:
+    """Build an untrained detector from plain values.
+
+    Args:
+        model: a :class:`ViTConfig`, or a mapping with its fields (a ``configs/model`` file, the ``model`` of a
+            ``model.json``) and optionally ``pool`` and ``grad_checkpointing``.
+        tune: ``name`` (full, adapter, linear), ``drop_path`` (rate of the backbone's stochastic depth),
+            ``frozen_drop_path`` (keep it active in a frozen backbone), ``reduction`` (of the adapter).
+        class_order: what logit i stands for, ``["real", "fake"]`` for detectors trained here.
+        task: ``forgery`` or ``antispoof``, which decides the head.
+        quirk: see :class:`~fsvfm.models.heads.FASHead`; anti-spoofing only.
+
+    Raises:
+        ConfigError: an unknown way of tuning, task, model or class order.
+    """
+    name = tune.get("name")
+    if name not in TUNES:
+        raise ConfigError(f"tune={name!r} does not exist; choose one of {', '.join(TUNES)}")
+    if task not in TASKS:
+        raise ConfigError(f"task={task!r} has no head; choose one of {', '.join(TASKS)}")
+    if quirk and task != "antispoof":
+        raise ConfigError("the token-norm quirk exists for task=antispoof only; turn it off")
+    config = model if isinstance(model, ViTConfig) else ViTConfig.from_mapping(model)
+    options = (
+        {} if isinstance(model, ViTConfig) else {k: model[k] for k in ("pool", "grad_checkpointing") if k in model}
+    )
+    frozen = name != "full"
+    keep_drop_path = bool(tune.get("frozen_drop_path", False))
+    backbone = create_backbone(config, drop_path=float(tune.get("drop_path") or 0.0), **options)
+    reduction = int(tune.get("reduction", 4)) if name == "adapter" else None
+    head: nn.Module
+    if task == "antispoof":
+        head = FASHead(config.dim, reduction=reduction, quirk=quirk)
+    elif reduction is not None:
+        head = AdapterHead(config.dim, reduction=reduction)
+    else:
+        head = LinearHead(config.dim)
+    return Detector(backbone, head, class_order, frozen=frozen, frozen_drop_path=keep_drop_path)
+
+
+def check_class_order(class_order: Sequence[str]) -> tuple[str, ...]:
+    """The class order as a tuple, or an error: it must be a permutation of ``real`` and ``fake``.
+
+    Raises:
+        ConfigError: anything else; an order that is guessed may invert every score.
+    """
+    order = tuple(class_order) if not isinstance(class_order, str) else (class_order,)
+    if sorted(order) != ["fake", "real"]:
+        raise ConfigError(
+            f"class_order={list(order)} must hold 'real' and 'fake' once each, in the order of the logits "
+            "(fake stands for attack in anti-spoofing); it is stored with the checkpoint and is never guessed"
+        )
+    return order
+
+
+def fake_probability(logits: Tensor, class_order: Sequence[str]) -> Tensor:
+    """Score of a face: P(fake) by the stored class order.
+
+    Args:
+        logits: (B, 2) of any float dtype.
+        class_order: what logit i stands for.
+
+    Returns:
+        (B,) float32 in [0, 1].
+
+    Raises:
+        ConfigError: a class order that does not fit the logits.
+    """
+    order = check_class_order(class_order)
+    if logits.shape[-1] != len(order):
+        raise ConfigError(f"logits of {logits.shape[-1]} classes do not fit class_order={list(order)}")
+    return torch.softmax(logits.float(), dim=-1)[..., order.index("fake")]
+
+
+def class_targets(labels: Tensor, class_order: Sequence[str]) -> Tensor:
+    """Labels of the manifest (0 real, 1 fake; any shape) → class indices in the order of the logits, int64."""
+    order = check_class_order(class_order)
+    lookup = torch.tensor([order.index("real"), order.index("fake")], device=labels.device)
+    return lookup[labels.long()]

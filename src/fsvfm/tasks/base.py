@@ -1,0 +1,145 @@
+"""What every task shares: normalisation on the device, the optimisation recipe, and refusing non-finite steps.
+
+A task is built from plain values only (``save_hyperparameters``), so a checkpoint describes itself.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any, cast
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fsvfm.data.sampling import derive_seed
+from fsvfm.optim import scale_lr
+from fsvfm.schedule import warmup_cosine
+
+
+class BaseTask(pl.LightningModule):
+    """A LightningModule that normalises uint8 images, follows a per-step schedule and skips non-finite steps.
+
+    Sub-classes provide :meth:`parameter_groups` and call :meth:`observe` with each micro-batch's loss.
+
+    Args:
+        mean: per-channel mean of the pre-training set, pixels in [0, 1].
+        std: per-channel standard deviation of the same.
+        optim: ``base_lr`` (per 256 images), ``min_lr``, ``betas``, ``weight_decay``, ``warmup_epochs``, and, for
+            fine-tuning, ``layer_decay``.
+        seed: of everything random in a step.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, *, mean: list[float], std: list[float], optim: dict[str, Any], seed: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.optim, self.seed = dict(optim), seed
+        # Device flags, read on the host only at logging intervals: 1.0 while every loss since the last step was finite,
+        # and whether the last optimisation step was taken.
+        self.register_buffer("window_finite", torch.ones(()), persistent=False)
+        self.register_buffer("step_taken", torch.ones(()), persistent=False)
+        self.window_finite: Tensor
+        self.step_taken: Tensor
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 pixels to float32, zero mean and unit variance over the pre-training set."""
+        return (images.float() - self.mean) / self.std
+
+    # --- randomness -------------------------------------------------------------------------------------------------
+
+    def micro_step(self, batch_idx: int) -> int:
+        """Number of this micro-batch since the start of training; the same after a resume."""
+        return self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the global generators from (seed, rank, micro-step): resumed = uninterrupted, with nothing stored."""
+        seed = derive_seed(self.seed, 1, self.global_rank, self.micro_step(batch_idx))
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  (timm's mixup draws from the global generator)
+        torch.manual_seed(seed)
+
+    def generator(self, batch_idx: int) -> torch.Generator:
+        """A generator on this device for one micro-batch; it differs between processes and steps."""
+        seed = derive_seed(self.seed, 2, self.global_rank, self.micro_step(batch_idx))
+        return torch.Generator(self.device).manual_seed(seed)
+
+    # --- optimisation -----------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups with ``weight_decay`` and, optionally, ``lr_scale``."""
+        raise NotImplementedError
+
+    @property
+    def effective_batch(self) -> int:
+        """Images per optimisation step over all processes."""
+        batch_size = int(self.trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+        return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def configure_optimizers(self) -> Any:
+        """Fused AdamW with linear scaling, and a warm-up cosine schedule evaluated at every step's fractional epoch."""
+        optim = self.optim
+        peak = scale_lr(optim["base_lr"], self.effective_batch)
+        groups = self.parameter_groups()
+        for group in groups:
+            group["lr"] = peak * group.get("lr_scale", 1.0)
+        # Fused: it reads `found_inf` on the device, so a non-finite step is skipped without waiting for the host.
+        optimizer = AdamW(groups, lr=peak, betas=tuple(optim["betas"]), fused=True)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        epochs = total_steps / steps_per_epoch
+
+        def factor(step: int) -> float:
+            epoch = step / steps_per_epoch
+            lr = warmup_cosine(
+                epoch,
+                warmup_epochs=min(optim["warmup_epochs"], epochs),
+                epochs=epochs,
+                peak=peak,
+                minimum=min(optim["min_lr"], peak),
+            )
+            return lr / peak
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    # --- non-finite steps -------------------------------------------------------------------------------------------
+
+    def observe(self, loss: Tensor) -> Tensor:
+        """Note whether a micro-batch's loss is finite on every process; returns that as a float flag on the device."""
+        finite = torch.isfinite(loss.detach()).float()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        self.window_finite.mul_(finite)
+        return finite
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm and mark the step as not to be taken if the norm or any loss in it is not finite.
+
+        Nothing waits for the device: clipping is a multiplication, and the fused optimiser reads the mark itself.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = gradient_clip_val or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        taken = torch.isfinite(norm).float() * self.window_finite
+        cast(Any, optimizer).found_inf = 1.0 - taken
+        self.step_taken.copy_(taken)
+        self.window_finite.fill_(1.0)
+        self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record the normalisation with the weights (it is in the hyper-parameters too, by name)."""
+        checkpoint["fsvfm"] = {"task": type(self).__name__}

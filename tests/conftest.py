@@ -1,0 +1,108 @@
+"""Where the recorded numbers and the real photographs are; tests that need them skip with a reason where they are absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from omegaconf import DictConfig
+from PIL import Image
+
+import fsvfm.cli  # registers the resolvers of our configs
+from fsvfm.data.manifest import Manifest
+from fsvfm.regions import region_grid
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _existing(folder: Path, variable: str) -> Path:
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; set {variable} to the folder to run this test")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with recorded numbers and media (`FSVFM_SHARED`, default `../shared`)."""
+    default = REPOSITORY.parent / "shared"
+    return _existing(Path(os.environ.get("FSVFM_SHARED", default)).resolve(), "FSVFM_SHARED")
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request: pytest.FixtureRequest) -> Path:
+    """Numbers recorded from the published implementation (`FSVFM_GOLDEN`, default `<shared>/golden`)."""
+    if folder := os.environ.get("FSVFM_GOLDEN"):
+        return _existing(Path(folder).resolve(), "FSVFM_GOLDEN")
+    return _existing(request.getfixturevalue("shared_dir") / "golden", "FSVFM_GOLDEN")
+
+
+@pytest.fixture(scope="session")
+def media_dir(shared_dir: Path) -> Path:
+    """Real photographs (`photos/`) and clips (`videos/`)."""
+    return _existing(shared_dir / "media", "FSVFM_SHARED")
+
+
+def make_prepared(folder: Path, *, people: int = 24, size: int = 64, seed: int = 0) -> Path:
+    """A prepared folder of generated faces: smooth noise with face-shaped parses; fakes have a blue cast."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    (folder / "images").mkdir(parents=True)
+    (folder / "parsing_maps").mkdir()
+    ys, xs = np.mgrid[0:size, 0:size] / size - 0.5
+    for person in range(people):
+        split = "train" if person < people * 2 // 3 else "val" if person < people * 5 // 6 else "test"
+        noise = Image.fromarray(rng.integers(60, 200, (4, 4, 3), dtype=np.uint8))
+        pixels = np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
+        labels = np.where(xs**2 + ys**2 < 0.18, 1, np.where(ys < 0, 10, 0)).astype(np.uint8)
+        for label, (cx, cy) in {2: (-0.2, -0.2), 3: (0.2, -0.2), 4: (-0.2, -0.1), 5: (0.2, -0.1), 6: (0, 0.05), 8: (0, 0.25)}.items():
+            jitter = rng.uniform(-0.03, 0.03, 2)
+            labels[((xs - cx - jitter[0]) ** 2 + (ys - cy - jitter[1]) ** 2) < 0.004] = label
+        for label, method in ((0, "real"), (1, "self_blend"), (1, "face_swap")):
+            name = f"p{person:03d}_{method}"
+            image = pixels.copy()
+            if label:
+                image[size // 4 : -size // 4, size // 4 : -size // 4, 2] = 255
+            Image.fromarray(image).save(folder / "images" / f"{name}.png")
+            row = {
+                "path": f"images/{name}.png",
+                "label": label,
+                "split": split,
+                "dataset": "generated",
+                "method": method,
+                "video": name,
+                "subject": f"p{person:03d}",
+                "frame": 0,
+                "parse": "",
+                "grid_p16": None,
+            }
+            if not label:
+                Image.fromarray(labels).save(folder / "parsing_maps" / f"{name}.png")
+                row |= {"parse": f"parsing_maps/{name}.png", "grid_p16": region_grid(labels, 16)}
+            rows.append(row)
+    Manifest(pd.DataFrame(rows), folder).write()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared folder: 24 generated people, three splits, one kind of seen and one of unseen fakes."""
+    return make_prepared(tmp_path_factory.mktemp("data") / "demo")
+
+
+@pytest.fixture
+def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
+    """Compose a shipped configuration: ``compose_config("train", "experiment=demo_pretrain", …)``."""
+
+    def compose(name: str, *overrides: str) -> DictConfig:
+        with initialize_config_module("fsvfm.configs", version_base="1.3"):
+            run = [f"paths.run={tmp_path / 'run'}", f"paths.runs={tmp_path}"]
+            named = [] if any(text.startswith("name=") for text in overrides) else ["name=test"]
+            return hydra_compose(name, overrides=[*overrides, *run, *named])
+
+    return compose

