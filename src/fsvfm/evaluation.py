@@ -88,7 +88,7 @@ def predict_manifest(
         if batch["unreadable"]:
             raise DataError(f"{title}: a test image cannot be read: {batch['unreadable'][0]}")
         scores.append(detector.score(batch["image"]))
-    table = manifest.table[[*KEPT]].copy()
+    table = manifest.table[[*KEPT]].assign(path=manifest.paths())
     table["score"] = torch.cat(scores).double().cpu().numpy()
     return table
 

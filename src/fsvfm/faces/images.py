@@ -145,8 +145,7 @@ def save_labels(path: str | Path, labels: np.ndarray) -> None:
         DataError: labels of another shape, type or range, or the file cannot be written.
     """
     checked = _check_labels(labels, path)
-    image = Image.fromarray(checked).convert("P")
-    image.putdata(checked.ravel())  # convert() may renumber; the pixel values are the labels
+    image = Image.frombytes("P", (checked.shape[1], checked.shape[0]), checked.tobytes())
     image.putpalette([channel for colour in LABEL_COLOURS for channel in colour])
     _save_atomically(image, Path(path))
 

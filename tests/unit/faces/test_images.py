@@ -212,3 +212,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         save_png(tmp_path / "folder.png", quadrants())
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.png", "x.png"]
+
+
+def test_a_file_is_replaced_whole_and_never_rewritten_in_place(tmp_path: Path) -> None:
+    """A reader that opened the old file must not see half of the new one."""
+    path, other_name = tmp_path / "x.png", tmp_path / "y.png"
+    save_png(path, quadrants())
+    before = path.read_bytes()
+    other_name.hardlink_to(path)
+    save_png(path, quadrants()[::-1])
+    assert other_name.read_bytes() == before
+    np.testing.assert_array_equal(load_image(path), quadrants()[::-1])

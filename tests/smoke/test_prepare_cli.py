@@ -1,0 +1,68 @@
+"""`python -m fsvfm.prepare` as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fsvfm.data.manifest import Manifest
+
+
+def prepare(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, "-m", "fsvfm.prepare", *overrides]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.fixture
+def photos(media_dir: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in ("001", "002", "003", "005", "006"):
+        shutil.copy(media_dir / "photos" / f"{number}.jpg", folder)
+    (folder / "torn.jpg").write_bytes(b"torn")
+    return folder
+
+
+def test_demo_on_own_photographs_then_again_then_with_other_settings(photos: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    command = ("recipe=demo", f"recipe.images={photos}", "recipe.limit=5", "workers=2")
+    first = prepare(work, *command, FSVFM_DATA=str(tmp_path / "data"))
+    assert first.returncode == 0, first.stderr
+    assert "photographs: " in first.stdout
+    assert "Next:     python -m fsvfm.train experiment=demo_pretrain" in first.stdout
+    assert list(work.iterdir()) == []  # nothing litters the current folder
+    out = tmp_path / "data" / "demo"
+    names = {path.name for path in out.iterdir()}
+    assert {"images", "parsing_maps", "manifest.parquet", "skipped.csv", "card.json", "contact_sheet.png"} <= names
+    manifest = Manifest.read(out)
+    assert all(Path(path).is_file() for path in manifest.paths())
+    assert manifest.select(split="train", label=0).grids(16) is not None
+
+    again = prepare(work, *command, f"out={out}")
+    assert again.returncode == 0, again.stderr
+    assert "5 were already there" in again.stdout
+
+    changed = prepare(work, *command, "recipe.seed=1", f"out={out}")
+    assert changed.returncode == 1
+    assert "seed: 0 → 1" in changed.stderr
+    assert "Traceback" not in changed.stderr
+
+
+def test_missing_values_and_folders_are_told_without_a_traceback(tmp_path: Path) -> None:
+    for overrides, message in (
+        (("recipe=folder",), "recipe.images must be given"),
+        (("recipe=demo", "recipe.images=nowhere"), "no folder"),
+    ):
+        done = prepare(tmp_path, *overrides)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
