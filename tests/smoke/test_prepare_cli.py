@@ -48,7 +48,7 @@ def test_demo_on_own_photographs_then_again_then_with_other_settings(photos: Pat
 
     again = prepare(work, *command, f"out={out}")
     assert again.returncode == 0, again.stderr
-    assert "5 were already there" in again.stdout
+    assert "6 of them by an earlier run" in again.stdout
 
     changed = prepare(work, *command, "recipe.seed=1", f"out={out}")
     assert changed.returncode == 1

@@ -247,18 +247,22 @@ def test_frp_masks_each_patch_with_the_probability_of_the_method(budget: int) ->
     assert_frequency(observed, spec_probability(FACE[0].numpy(), budget, None), draws)
 
 
-def test_repair_chooses_uniformly_among_all_candidates() -> None:
-    # Seven groups of 2 patches and one of 30, p = 35 / 44: each small one asks for 1.6 and rounds to 2, which makes
-    # three too many; the candidates are the 14 patches masked there and the 24 in the background.
+@pytest.mark.parametrize(("budget", "missing"), [(31, 3), (35, -3)])
+def test_repair_chooses_uniformly_among_all_candidates(budget: int, missing: int) -> None:
+    # Seven groups of 2 patches and the background of 30. The small ones ask for 1.4 each and round down, or for 1.6 and
+    # round up; the background rounds by little. How many of the three repairs fall on it is hypergeometric.
     grid = grid_of(*((2, 1 << region) for region in range(7)), (30, bits("background")))
-    budget = int(0.8 * grid.shape[1])
-    masked = STRATEGIES["frp"](grid.expand(20_000, -1), budget, generator=seeded(2)).masked.double()
     _, quotas = spec_quotas(grid[0].numpy(), budget, None)
-    surplus = sum(quotas.values()) - budget
-    assert surplus == 3
-    unmasked = quotas[7] - masked[:, 14:].sum(dim=1)  # hypergeometric: 3 draws from 38, 24 of them in the background
-    assert float(unmasked.mean()) == pytest.approx(3 * 24 / 38, abs=5 * (3 * 24 * 14 * 35 / 38**2 / 37 / 20_000) ** 0.5)
-    assert float(unmasked.var()) == pytest.approx(3 * 24 * 14 * 35 / 38**2 / 37, rel=0.05)
+    assert budget - sum(quotas.values()) == missing
+    in_background, everywhere = (30 - quotas[7], 44 - budget + 3) if missing > 0 else (quotas[7], budget + 3)
+    share = in_background / everywhere
+    mean, variance = 3 * share, 3 * share * (1 - share) * (everywhere - 3) / (everywhere - 1)
+
+    draws = 20_000
+    masked = STRATEGIES["frp"](grid.expand(draws, -1), budget, generator=seeded(2)).masked
+    repaired = (masked[:, 14:].sum(dim=1) - quotas[7]).abs().double()
+    assert float(repaired.mean()) == pytest.approx(mean, abs=Z * (variance / draws) ** 0.5)
+    assert float(repaired.var()) == pytest.approx(variance, rel=0.05)
 
 
 def test_random_is_uniform_whatever_the_face() -> None:

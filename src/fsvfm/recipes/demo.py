@@ -243,13 +243,14 @@ def _forge(
             name = f"{photo.name}.{method}"
             data = {"name": name, "method": method, "target": values["image"], "landmarks": values["landmarks"]}
             key = name
+            pasted = ""
             if method == "face_swap":
                 source = _someone_else(faces, place, split_of)
                 if source is None:
                     continue
                 other, other_values = source
                 data |= {"source": other_values["image"], "source_landmarks": other_values["landmarks"]}
-                key = f"{name}.{other.name}"
+                key, pasted = f"{name}.{other.name}", other.person
             items.append(Item(key, data))
             rows[key] = {
                 "path": f"{IMAGES}/{name}.png",
@@ -261,6 +262,7 @@ def _forge(
                 "subject": photo.person,
                 "frame": 0,
                 "origin": photo.origin,
+                "source": pasted,  # person whose face it shows
             }
     made = preparation.run("forgeries", items, Forger(preparation.out, strength, seed))
     return [rows[key] for key in made]

@@ -88,7 +88,7 @@ class Tally:
         reasons = Counter(reason for _, reason, _ in self.skipped)
         if reasons:
             text += " (" + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) + ")"
-        return text + (f"; {self.reused} were already there" if self.reused else "")
+        return text + (f"; {self.reused} of them by an earlier run" if self.reused else "")
 
 
 class Prepared(NamedTuple):

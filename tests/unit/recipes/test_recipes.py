@@ -72,6 +72,10 @@ def test_seen_forgeries_are_everywhere_and_the_unseen_one_in_the_test_split_only
         made = table[table["method"] == method]
         assert sorted(made["subject"]) == sorted(table.loc[table["label"] == 0, "subject"])
     assert table["video"].is_unique
+    swaps = table[table["method"] == "face_swap"]
+    split_of = dict(zip(table["subject"], table["split"], strict=True))
+    assert {split_of[person] for person in swaps["source"]} == {"test"}  # nobody's face crosses the split
+    assert (swaps["source"] != swaps["subject"]).all()
 
 
 def test_real_faces_have_grids_and_forged_ones_differ_from_theirs(prepared: Prepared) -> None:
