@@ -1,4 +1,4 @@
-"""Where the recorded numbers and the real photographs are; tests that need them skip with a reason where they are absent."""
+"""Where recorded numbers and real photographs are; tests that need them skip with a reason where they are absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from hydra import initialize_config_module
 from omegaconf import DictConfig
 from PIL import Image
 
-import fsvfm.cli  # registers the resolvers of our configs
 from fsvfm.data.manifest import Manifest
 from fsvfm.regions import region_grid
 
@@ -60,7 +59,14 @@ def make_prepared(folder: Path, *, people: int = 24, size: int = 64, seed: int =
         noise = Image.fromarray(rng.integers(60, 200, (4, 4, 3), dtype=np.uint8))
         pixels = np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
         labels = np.where(xs**2 + ys**2 < 0.18, 1, np.where(ys < 0, 10, 0)).astype(np.uint8)
-        for label, (cx, cy) in {2: (-0.2, -0.2), 3: (0.2, -0.2), 4: (-0.2, -0.1), 5: (0.2, -0.1), 6: (0, 0.05), 8: (0, 0.25)}.items():
+        for label, (cx, cy) in {
+            2: (-0.2, -0.2),
+            3: (0.2, -0.2),
+            4: (-0.2, -0.1),
+            5: (0.2, -0.1),
+            6: (0, 0.05),
+            8: (0, 0.25),
+        }.items():
             jitter = rng.uniform(-0.03, 0.03, 2)
             labels[((xs - cx - jitter[0]) ** 2 + (ys - cy - jitter[1]) ** 2) < 0.004] = label
         for label, method in ((0, "real"), (1, "self_blend"), (1, "face_swap")):

@@ -140,7 +140,7 @@ def _statistics(cfg: DictConfig, checkpoint: Any, data: Any) -> tuple[list[float
 def create(config: DictConfig, *, without: tuple[str, ...] = (), **more: Any) -> Any:
     """Call a config node's ``_target_`` with its other values as plain Python objects.
 
-    Unlike ``hydra.utils.instantiate`` this goes one level deep (tasks want plain values) and lets our own errors through.
+    Unlike ``hydra.utils.instantiate`` it goes one level deep (tasks want plain values) and lets our errors through.
     """
     values = OmegaConf.to_container(config, resolve=True)
     arguments = {str(k): v for k, v in values.items() if k not in ("_target_", *without)}  # type: ignore[union-attr]

@@ -200,6 +200,11 @@ def _load_lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         kind = "detector"
         state = {key.removeprefix("detector."): tensor for key, tensor in state.items()}
         task = "antispoof" if "head.embed.weight" in state else "forgery"
+    if kind == "detector" and not parameters.get("class_order"):
+        raise CheckpointError(
+            f"{path} does not say which of its logits means fake (no class_order in its hyper-parameters); "
+            "a guess could invert every score, so it is not loaded"
+        )
     given = dict(parameters.get("model") or {})
     strangers = [key for key in state if not key.startswith(PREFIXES[kind])]
     if strangers:
@@ -214,7 +219,7 @@ def _load_lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     meta = {
         "kind": kind, "task": task, "model": model, "tune": parameters.get("tune"),
         "mean": parameters.get("mean"), "std": parameters.get("std"),
-        "class_order": (parameters.get("class_order") or ["real", "fake"]) if kind == "detector" else None,
+        "class_order": parameters.get("class_order") if kind == "detector" else None,
         "provenance": {
             "source": path.name, "layout": "lightning", "epoch": content.get("epoch"),
             "global_step": content.get("global_step"), "hyper_parameters": plain(parameters),

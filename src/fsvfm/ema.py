@@ -46,8 +46,8 @@ def ema_update(target: Iterable[Tensor], online: Iterable[Tensor], weight: float
 class EMATarget(pl.Callback):
     """Moves the target network of a :class:`PretrainTask` after each micro-batch or each optimisation step.
 
-    The momentum follows a cosine from ``base`` to ``final`` over all updates of the run. Everything it needs is a function
-    of the trainer's progress, so there is no state to save: the target itself lies in the task's checkpoint. Sharded
+    The momentum follows a cosine from ``base`` to ``final`` over all updates of the run. All it needs is a function of
+    the trainer's progress, so there is no state to save: the target itself lies in the task's checkpoint. Sharded
     parameters (FSDP) are updated shard by shard; processes that hold copies (DDP) compute the same update.
 
     Args:

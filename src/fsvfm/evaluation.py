@@ -64,7 +64,8 @@ def load_detector_network(source: str, *, device: str | torch.device = "cpu") ->
             f"`python -m fsvfm.train experiment=demo_dfd model.init={source}`"
         )
     meta = checkpoint.meta
-    network = build_detector(meta["model"], meta["tune"], meta["class_order"], task=meta["task"])
+    quirk = bool(meta["tune"].get("quirk", False))
+    network = build_detector(meta["model"], meta["tune"], meta["class_order"], task=meta["task"], quirk=quirk)
     load_into(network, checkpoint.state)
     mean, std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in normalisation(checkpoint))
     return LoadedDetector(network.to(device).eval(), mean, std, checkpoint)
@@ -137,7 +138,9 @@ def evaluate(cfg: DictConfig, *, chosen: dict[str, str] | None = None, out: Path
     tests = cfg.get("testsets") or {}
     if not tests:
         raise ConfigError("there is nothing to test on: choose protocol=<name>, or an experiment that has one")
-    missing = [f"  {name}: {test.manifest} — {test.prepare}" for name, test in tests.items() if not prepared(test.manifest)]
+    missing = [
+        f"  {name}: {test.manifest} — {test.prepare}" for name, test in tests.items() if not prepared(test.manifest)
+    ]
     if missing:
         listed = "\n".join(missing)
         raise ConfigError(f"these test sets are not prepared:\n{listed}")

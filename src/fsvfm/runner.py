@@ -23,6 +23,11 @@ from fsvfm.evaluation import evaluate
 from fsvfm.exports import save_export
 
 
+def rank() -> int:
+    """Number of this process among those of the run, before and after Lightning has set them up."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
 def train(cfg: DictConfig) -> None:
     """Work through ``run``.
 
@@ -31,7 +36,7 @@ def train(cfg: DictConfig) -> None:
     """
     build.check(cfg)
     folder = build.run_folder(cfg)
-    if rank_zero_only.rank == 0:
+    if rank() == 0:
         build.settle_folder(cfg)
         record(folder)
     for step in cfg.run:
@@ -39,11 +44,11 @@ def train(cfg: DictConfig) -> None:
         if marker.is_file() and cfg.resume == "auto":
             print(f"{step}: finished already in {folder} (resume=never starts over)", flush=True)
             continue
-        if step == "test" and rank_zero_only.rank:
+        if step == "test" and rank():
             continue
         started = time.monotonic()
         {"fit": fit, "test": test}[step](cfg, folder)
-        if rank_zero_only.rank == 0:
+        if rank() == 0:
             _write_json(marker, {"finished": _now(), "seconds": round(time.monotonic() - started, 1)})
 
 

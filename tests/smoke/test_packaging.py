@@ -41,7 +41,9 @@ def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_composes_and_lists_from_another_directory(wheel_python: Path, tmp_path: Path) -> None:
-    where = call(wheel_python, "-c", "import fsvfm, fsvfm.configs as c; print(fsvfm.__file__, *c.__path__)", cwd=tmp_path)
+    where = call(
+        wheel_python, "-c", "import fsvfm, fsvfm.configs as c; print(fsvfm.__file__, *c.__path__)", cwd=tmp_path
+    )
     assert str(REPOSITORY / "src") not in where
     shown = call(wheel_python, "-m", "fsvfm.train", "experiment=pretrain_vitb", "--cfg", "job", cwd=tmp_path)
     assert "strategy: crfr_p" in shown
@@ -61,7 +63,14 @@ def test_user_configs_extend_ours(wheel_python: Path, tmp_path: Path) -> None:
 
 def test_multirun_from_the_wheel_says_what_is_missing(wheel_python: Path, tmp_path: Path) -> None:
     told = call(
-        wheel_python, "-m", "fsvfm.train", "-m", "experiment=demo_pretrain", "masking=random,crfr_p", cwd=tmp_path, ok=False
+        wheel_python,
+        "-m",
+        "fsvfm.train",
+        "-m",
+        "experiment=demo_pretrain",
+        "masking=random,crfr_p",
+        cwd=tmp_path,
+        ok=False,
     )
     assert "python -m fsvfm.prepare recipe=demo" in told
     assert not (tmp_path / "outputs").exists()

@@ -40,7 +40,9 @@ def test_experiment_composes_and_builds_small(compose_config: Compose, prepared_
     build.create(cfg.trainer)
 
 
-@pytest.mark.parametrize("group", ["task", "model", "tune", "masking", "augment", "protocol", "optim", "trainer", "logger"])
+@pytest.mark.parametrize(
+    "group", ["task", "model", "tune", "masking", "augment", "protocol", "optim", "trainer", "logger"]
+)
 def test_options_of_a_group_have_the_same_keys(group: str) -> None:
     """Overriding one option by another never leaves a key undefined (tasks and loggers differ by nature)."""
     options = {path.stem: OmegaConf.load(path) for path in (CONFIGS / group).glob("*.yaml")}
@@ -58,7 +60,10 @@ def test_options_of_a_group_have_the_same_keys(group: str) -> None:
         ("pretrain_vitb", {"data.batch_size": 256, "trainer.accumulate_grad_batches": 4, "trainer.max_epochs": 600}),
         ("pretrain_vitl", {"data.batch_size": 256, "trainer.accumulate_grad_batches": 4, "trainer.max_epochs": 600}),
         ("pretrain_vitb_400e", {"data.batch_size": 256, "trainer.max_epochs": 400}),
-        ("dfd_vitb", {"optim.base_lr": 2e-4, "optim.layer_decay": 0.6, "optim.weight_decay": 0.03, "data.batch_size": 32}),
+        (
+            "dfd_vitb",
+            {"optim.base_lr": 2e-4, "optim.layer_decay": 0.6, "optim.weight_decay": 0.03, "data.batch_size": 32},
+        ),
     ],
 )
 def test_recipes_have_the_papers_values(compose_config: Compose, name: str, values: dict[str, object]) -> None:

@@ -42,7 +42,8 @@ class NonFiniteGuard(pl.Callback):
         self.total = self.total + skipped
         self.streak = (self.streak + skipped) * skipped
         pl_module.log("train/nonfinite_steps", self.total)
-        if pl_module.device.type != "cpu" and trainer.global_step % trainer.log_every_n_steps:
+        interval = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if pl_module.device.type != "cpu" and trainer.global_step % interval:
             return
         if int(self.streak) >= self.max_in_a_row:
             path = self.folder / "last_good.ckpt"
@@ -64,7 +65,7 @@ class NonFiniteGuard(pl.Callback):
 
 
 class UnreadableFiles(pl.Callback):
-    """Lists training files that could not be read (they are replaced by a neighbour) and stops above a share of the set.
+    """Lists training files that could not be read (a neighbour replaces them) and stops above a share of the set.
 
     Args:
         max_share: largest tolerated share of unreadable files, of all files of the training set.

@@ -31,7 +31,7 @@ def reconstruction(task: PretrainTask, images: Tensor, result: PretrainResult) -
     which is the usual way to show such models and flatters flat patches.
     """
     patch = task.online.encoder.config.patch_size
-    predicted = result.output.prediction.float()
+    predicted = cast(Tensor, result.output.prediction).float()
     if task.loss_options["norm_pix"]:
         raw = patchify(images, patch)
         mean, variance = raw.mean(-1, keepdim=True), raw.var(-1, keepdim=True)

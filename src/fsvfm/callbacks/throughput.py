@@ -26,7 +26,8 @@ class Throughput(pl.Callback):
             self._since = (time.monotonic(), batch_idx)
             return
         started, first = self._since
-        if (batch_idx + 1) % trainer.log_every_n_steps and batch_idx - first < trainer.log_every_n_steps:
+        interval = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if (batch_idx + 1) % interval and batch_idx - first < interval:
             return
         elapsed = time.monotonic() - started
         images = (batch_idx - first) * len(batch["index"]) * trainer.world_size

@@ -1,4 +1,4 @@
-"""Data sets: rows of a manifest to decoded uint8 images, with the region grid (pre-training) or the label (detectors)."""
+"""Data sets: rows of a manifest to decoded uint8 images, with region grids (pre-training) or labels (detectors)."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class _Rows(Dataset[dict[str, Any]]):
         return len(self.paths)
 
     def load(self, index: int, seed: int) -> dict[str, Any]:
+        """Decode one row; ``seed`` decides everything random about it."""
         raise NotImplementedError
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
@@ -102,6 +103,7 @@ class PretrainFaces(_Rows):
             )
 
     def load(self, index: int, seed: int) -> dict[str, Any]:
+        """One face with its region grid."""
         image = read_image(self.paths[index])
         if self.grids is not None:
             image = resize(image, self.image_size)
@@ -148,6 +150,7 @@ class LabelledFaces(_Rows):
         self.labels = manifest.table["label"].to_numpy(dtype=np.int64)
 
     def load(self, index: int, seed: int) -> dict[str, Any]:
+        """One augmented face with its label."""
         image = read_image(self.paths[index])
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  (timm draws from the global generator)

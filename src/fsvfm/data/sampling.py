@@ -19,7 +19,7 @@ from fsvfm.errors import DataError
 class Draw(NamedTuple):
     """One request to a data set: which row, and the seed of everything random that happens to it."""
 
-    index: int
+    row: int
     seed: int
 
 
@@ -31,8 +31,8 @@ def derive_seed(*parts: int) -> int:
 class EpochSampler(Sampler[list[Draw]]):
     """Batches of :class:`Draw` for one process of a distributed run; used as a DataLoader's ``batch_sampler``.
 
-    Each epoch is one permutation of all rows, dealt to the processes batch by batch; what does not fill a batch on every
-    process is left out of that epoch (another permutation, so other rows, next time). Static batch shapes keep
+    Each epoch is one permutation of all rows, dealt to the processes batch by batch; what does not fill a batch on
+    every process is left out of that epoch (another permutation, so other rows, next time). Static batch shapes keep
     ``torch.compile`` and the effective-batch rule honest.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class PretrainResult(NamedTuple):
 class PretrainTask(BaseTask):
     """Online and target networks, trained by ``L = w_rec·L_rec + w_region·L_region + w_sim·L_sim`` (01 §4).
 
-    The target network is moved by the callback :class:`fsvfm.ema.EMATarget`, not here. Parts whose weight is zero are not
+    The target network is moved by the callback :class:`fsvfm.ema.EMATarget`, not here. Parts of weight zero are not
     computed: ``similarity: 0`` is MIM only, ``reconstruction: 0`` and ``region: 0`` is ID only.
 
     Args:
@@ -60,7 +60,8 @@ class PretrainTask(BaseTask):
         self.loss_options = dict(loss)
         if self.loss_options["kind"] not in SIMILARITY:
             raise ConfigError(
-                f"task.loss.kind={self.loss_options['kind']!r} is unknown; choose one of {', '.join(sorted(SIMILARITY))}"
+                f"task.loss.kind={self.loss_options['kind']!r} is unknown; choose one of "
+                f"{', '.join(sorted(SIMILARITY))}"
             )
         self.online, self.target = build_networks(model)
         self.masker = Masker(**masking)
@@ -139,7 +140,7 @@ class PretrainTask(BaseTask):
         for name, value in result.parts.items():
             self.log(f"train/loss_{name}", value.detach(), on_step=True)
         if result.target_feature is not None:
-            feature = result.output.feature.detach().float()
+            feature = cast(Tensor, result.output.feature).detach().float()
             self.log("train/target_cosine", (feature * result.target_feature.float()).sum(-1).mean())
             # For unit vectors spread evenly over d dimensions this is 1; towards 0 the features have collapsed.
             self.log("train/feature_std", feature.std(dim=0).mean() * feature.shape[1] ** 0.5)

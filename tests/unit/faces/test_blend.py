@@ -108,6 +108,36 @@ def test_nothing_changed_means_nothing_to_see() -> None:
         assert np.abs(swapped.image.astype(int) - target).mean() < 1.5
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rgb", 25), ("hue", 90), ("saturation", 60), ("brightness", 0.2), ("contrast", 0.5),
+        ("blur", 0.05), ("resample", 6), ("sharpen", 1.0), ("move", 0.08), ("scale", 0.2),
+    ],
+)  # fmt: skip
+def test_each_change_shows_by_itself(name: str, value: float) -> None:
+    target, points = picture(3), face_points()
+    only = replace(NOTHING, **{name: (value, value)})
+    if name in ("blur", "resample", "sharpen"):
+        only = replace(only, frequency_chance=1.0, sharpness=(name,))
+    elif name not in ("move", "scale"):
+        only = replace(only, colour_chance=1.0)
+    forged = self_blend(target, points, np.random.default_rng(0), only)
+    assert np.abs(forged.image.astype(int) - target)[forged.mask > 0].mean() > 2
+
+
+def test_a_swap_undoes_rotation_scale_and_shift() -> None:
+    target, points = picture(1), face_points()
+    matrix = cv2.getRotationMatrix2D((SIZE / 2, SIZE / 2), 25, 0.8) + np.array([[0, 0, 4.0], [0, 0, -3.0]])
+    source = cv2.warpAffine(target, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    source_points = (points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+    soft = replace(NOTHING, feather=(0.05, 0.05))
+    for seed in range(6):
+        forged = face_swap(target, points, source, source_points, np.random.default_rng(seed), soft)
+        smooth = (cv2.GaussianBlur(picture, (0, 0), 2).astype(int) for picture in (forged.image, target))
+        assert np.abs(np.subtract(*smooth))[forged.mask > 0].mean() < 3
+
+
 def test_a_swap_shows_the_source_face_where_the_target_face_was() -> None:
     size = 128
     plain = np.full((size, size, 3), 128, np.uint8)

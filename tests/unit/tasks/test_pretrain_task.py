@@ -41,7 +41,9 @@ def task_of(cfg: DictConfig, **changes: Any) -> PretrainTask:
 
 
 def config(compose_config: Compose, prepared_dir: Path, *overrides: str) -> DictConfig:
-    return compose_config("train", *SMALL, f"paths.data={prepared_dir.parent}", "~callbacks", "+callbacks={}", *overrides)
+    return compose_config(
+        "train", *SMALL, f"paths.data={prepared_dir.parent}", "~callbacks", "+callbacks={}", *overrides
+    )
 
 
 def batch_of(cfg: DictConfig, size: int = 4) -> dict[str, Any]:
@@ -74,7 +76,9 @@ class ReplayEMA(pl.Callback):
         if self.update == "micro_batch":
             m = ema_momentum(self.batches - 1, base=0.9, final=1.0, iterations=total)
         elif self.batches % self.accumulate == 0:
-            m = ema_momentum(self.batches // self.accumulate - 1, base=0.9, final=1.0, iterations=total // self.accumulate)
+            m = ema_momentum(
+                self.batches // self.accumulate - 1, base=0.9, final=1.0, iterations=total // self.accumulate
+            )
         else:
             return
         online, _ = shared_parameters(pl_module.online, pl_module.target)
@@ -84,7 +88,11 @@ class ReplayEMA(pl.Callback):
 @pytest.mark.parametrize("update", ["micro_batch", "optimisation_step"])
 def test_ema_target_follows_the_online_network(compose_config: Compose, prepared_dir: Path, update: str) -> None:
     cfg = config(
-        compose_config, prepared_dir, "trainer.max_epochs=2", "trainer.accumulate_grad_batches=2", "optim.warmup_epochs=0"
+        compose_config,
+        prepared_dir,
+        "trainer.max_epochs=2",
+        "trainer.accumulate_grad_batches=2",
+        "optim.warmup_epochs=0",
     )
     task = task_of(cfg)
     replay = ReplayEMA(2, update)
