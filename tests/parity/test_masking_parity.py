@@ -21,10 +21,9 @@ RECORDED_NAME = {name: "face_boundary" if name == "boundary" else name for name 
 
 DRAWS = 6000  # of ours, for each map and covered region
 
-# Limits in standard errors. The first two hold for the largest of thousands of comparisons, recorded numbers being as
-# random as ours: six standard errors are exceeded once in 5·10⁸.
-Z_PATCH = Z_REGION = 6.0
-Z_TOTAL = 6.0
+# Limits in standard errors, for the largest of thousands of comparisons and recorded numbers as random as ours: chance
+# exceeds six of them once in 5·10⁸.
+Z_PATCH = Z_REGION = Z_TOTAL = 6.0
 
 
 @dataclass(frozen=True)
@@ -180,5 +179,9 @@ def test_all_deviations_together_are_what_chance_makes_them(comparison: Comparis
     enough = error**2 * c.recorded_draws**2 > 5  # rarer events are far from normal
     total = (((c.masked - c.recorded_masked)[enough] / error[enough]) ** 2).sum()
     degrees = int(enough.sum())
-    # Patches of one region share a quota, which widens the spread of the sum beyond √(2·degrees), at most to double.
-    assert abs(total - degrees) < Z_TOTAL * 2 * degrees**0.5
+    # The patches of a group share a quota: their deviations cancel, which for k of them makes the variance of the sum
+    # of squares 2k · k / (k − 1) in place of 2k.
+    same_group = (c.group[:, :, None] == c.group[:, None, :]) & enough[:, None, :]
+    k = same_group.sum(axis=2)[enough]
+    variance = (2 * k / np.maximum(k - 1, 1)).sum()
+    assert abs(total - degrees) < Z_TOTAL * variance**0.5

@@ -265,6 +265,14 @@ def test_repair_chooses_uniformly_among_all_candidates(budget: int, missing: int
     assert float(repaired.var()) == pytest.approx(variance, rel=0.05)
 
 
+@pytest.mark.parametrize("budget", [4, 12])
+def test_repair_reaches_the_budget_when_every_region_rounds_the_same_way(budget: int) -> None:
+    # Eight regions of two patches ask for half a patch each and get none, or for one and a half and get two.
+    grid = grid_of(*((2, 1 << region) for region in range(8))).expand(200, -1)
+    masked = STRATEGIES["frp"](grid, budget, generator=seeded(2)).masked
+    assert masked.sum(dim=1).tolist() == [budget] * 200
+
+
 def test_random_is_uniform_whatever_the_face() -> None:
     observed, draws = frequency("random", FACE, 37)
     assert_frequency(observed, np.full(64, 37 / 64), draws)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 
 from fsvfm.data.manifest import Manifest
 from fsvfm.errors import DataError
@@ -46,8 +47,9 @@ def contact_sheet(manifest: Manifest, path: str | Path, columns: int = 10) -> Pa
     return Path(path)
 
 
-def _value(shown, method: str, person: str, column: str) -> str | None:  # type: ignore[no-untyped-def]
-    return shown[column].get((method, person))
+def _value(shown: pd.DataFrame, method: str, person: str, column: str) -> str | None:
+    value = shown[column].get((method, person))
+    return str(value) if value else None
 
 
 def _picture(file: str | None) -> np.ndarray | None:
