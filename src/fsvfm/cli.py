@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -25,7 +26,17 @@ def slug(base: object, overrides: object) -> str:
     return f"{text[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def cpu_precision() -> str:
+    """``bf16-mixed`` where the processor multiplies bfloat16 in hardware (twice as fast there), else ``32-true``."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "32-true"
+    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
+
+
 OmegaConf.register_new_resolver("slug", slug, replace=True)
+OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 
 
 def guard(function: Callable[..., Any]) -> Callable[..., Any]:

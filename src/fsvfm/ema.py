@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fsvfm.errors import ConfigError
 from fsvfm.models.pretrain_net import shared_parameters
@@ -41,6 +42,13 @@ def ema_update(target: Iterable[Tensor], online: Iterable[Tensor], weight: float
     step = torch._foreach_sub(onlines, targets)
     torch._foreach_mul_(step, weight)
     torch._foreach_add_(targets, step)
+
+
+def reshard(*networks: nn.Module) -> None:
+    """Give up the gathered copies that FSDP keeps of a root module's parameters after a forward pass."""
+    for network in networks:
+        if isinstance(network, FSDPModule):
+            network.reshard()
 
 
 class EMATarget(pl.Callback):
@@ -89,6 +97,7 @@ class EMATarget(pl.Callback):
             iterations = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
         momentum = ema_momentum(iteration, base=self.base, final=self.final, iterations=iterations)
         finite = task.micro_finite * task.step_taken if stepped else task.micro_finite
+        reshard(task.online, task.target)
         online, target = shared_parameters(task.online, task.target)
         ema_update(target, online, (1 - momentum) * finite)
         task.log("train/ema_momentum", momentum, batch_size=1)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -76,7 +77,7 @@ def test_detectors_evaluation_and_report(demo: Folder) -> None:
     told = demo.run("evaluate", "experiment=demo_dfd", *SMALL)
     assert "demo_unseen" in told
     evaluation = next(demo.path.glob("runs/demo_dfd*/evaluation"))
-    results = json.loads((evaluation / "results.json").read_text())["results"]
+    results = json.loads((evaluation / "results.json").read_text())["runs"]
     assert set(results) == {"full", "adapter"}
     assert set(results["full"]) == {"demo_seen", "demo_unseen"}
     cell = results["full"]["demo_seen"]["frame"]["metrics"]["auc"]
@@ -116,6 +117,16 @@ def test_interrupted_training_continues(demo: Folder) -> None:
     steps = table.dropna(subset=["train/loss_step"])["step"]
     assert steps.is_monotonic_increasing
     assert steps.is_unique
+
+
+def test_two_processes_keep_the_effective_batch_rule(demo: Folder) -> None:
+    words = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", "callbacks.panels=null")
+    told = demo.run("train", "experiment=demo_pretrain", *SMALL, *words, "name=ddp")
+    assert "effective batch 4, peak learning rate 6.25e-05" in told
+    table = pd.read_csv(demo.path / "runs" / "ddp" / "metrics.csv")
+    rates = table.filter(like="lr-").to_numpy().ravel()
+    assert 0 < np.nanmax(rates) <= 4e-3 * 4 / 256 + 1e-12
+    assert (demo.path / "runs" / "ddp" / "export" / "model.json").is_file()
 
 
 def test_errors_are_one_message(demo: Folder) -> None:

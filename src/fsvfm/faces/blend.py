@@ -45,7 +45,7 @@ class Strength:
     Attributes:
         colour_chance: probability of each of the three colour changes (RGB, HSV, brightness with contrast).
         frequency_chance: probability that sharpness is changed.
-        rgb: shift of the channels, in 8-bit levels; half of it is common to the three.
+        rgb: shift of each channel, in 8-bit levels.
         hue: shift of the hue, in degrees.
         saturation: shift of the saturation and of the value, in 8-bit levels.
         brightness: shift, relative to 255.
@@ -60,6 +60,7 @@ class Strength:
         ratio: opacity of the pasted face.
         recolour: how far a swapped face takes the colours of the face that it replaces (1: its mean and spread).
         sharpness: which of `blur`, `resample`, `sharpen` may be drawn, with equal chances.
+        parts: which of :data:`MASKS` may be drawn for a self-blend, with equal chances.
     """
 
     colour_chance: float
@@ -79,6 +80,7 @@ class Strength:
     ratio: Range
     recolour: Range
     sharpness: tuple[str, ...]
+    parts: tuple[str, ...]
 
 
 #: The values of the self-blended-images paper (sec. 3.2 and its supplement): a training augmentation.
@@ -100,19 +102,20 @@ SUBTLE = Strength(
     ratio=(0.25, 1),
     recolour=(1, 1),
     sharpness=("resample", "sharpen"),
+    parts=MASKS,
 )
 
 #: So visible that a network of a million weights learns it within minutes from a few hundred faces.
 STRONG = Strength(
     colour_chance=1.0,
     frequency_chance=1.0,
-    rgb=(10, 30),
-    hue=(0, 6),
-    saturation=(0, 12),
-    brightness=(0, 0.05),
-    contrast=(0, 0.15),
-    blur=(0.006, 0.012),
-    resample=(3, 5),
+    rgb=(12, 30),
+    hue=(0, 2),
+    saturation=(0, 6),
+    brightness=(0, 0.03),
+    contrast=(0, 0.1),
+    blur=(0.007, 0.014),
+    resample=(3, 6),
     sharpen=(0.5, 1.0),
     move=(0.018, 0.045),
     scale=(0, 0.05),
@@ -121,6 +124,7 @@ STRONG = Strength(
     ratio=(0.9, 1),
     recolour=(0.6, 1),
     sharpness=("blur", "resample"),
+    parts=("hull", "forehead", "inner"),
 )
 
 
@@ -142,7 +146,7 @@ def as_strength(value: float | str | Strength) -> Strength:
     between: dict[str, Any] = {}
     for field in fields(Strength):
         low, high = getattr(SUBTLE, field.name), getattr(STRONG, field.name)
-        if field.name == "sharpness":
+        if isinstance(low, tuple) and isinstance(low[0], str):
             between[field.name] = low if value < 0.5 else high
         else:
             mixed = np.asarray(low) * (1 - value) + np.asarray(high) * value
@@ -175,7 +179,7 @@ def self_blend(
     strength = as_strength(strength)
     _check(image, landmarks, "image")
     height, width = image.shape[:2]
-    mask = _soften(face_mask(landmarks, height, width, str(rng.choice(MASKS))), rng, strength)
+    mask = _soften(face_mask(landmarks, height, width, str(rng.choice(strength.parts))), rng, strength)
     copy = _change_frequency(_change_colour(image, rng, strength), rng, strength)
     copy = _move(copy, landmarks, rng, strength)
     return _paste(image, copy, mask * np.float32(rng.uniform(*strength.ratio)))
@@ -286,8 +290,7 @@ def _paste(target: np.ndarray, face: np.ndarray, mask: np.ndarray) -> Forgery:
 def _change_colour(image: np.ndarray, rng: np.random.Generator, strength: Strength) -> np.ndarray:
     values = image.astype(np.float32)
     if rng.random() < strength.colour_chance:
-        # Half of the shift is common to the channels: light more often differs in level than in tint.
-        values += (_signed(rng, strength.rgb) + _signed(rng, strength.rgb, 3)) / 2
+        values += _signed(rng, strength.rgb, 3)
     if rng.random() < strength.colour_chance:
         hsv = cv2.cvtColor(_to_bytes(values), cv2.COLOR_RGB2HSV).astype(np.float32)
         hsv[..., 0] = (hsv[..., 0] + _signed(rng, strength.hue) / 2) % 180  # OpenCV counts hue in steps of 2°

@@ -16,10 +16,15 @@ from fsvfm.faces.blend import MASKS, STRONG, SUBTLE, Forgery, Strength, as_stren
 SIZE = 96
 #: No change of any kind: what is pasted is the picture itself.
 NOTHING = Strength(
-    **{field.name: (0.0, 0.0) for field in fields(Strength) if field.name not in ("sharpness", "ratio", "resample")},  # type: ignore[arg-type]
+    **{
+        field.name: (0.0, 0.0)
+        for field in fields(Strength)
+        if field.name not in ("sharpness", "parts", "ratio", "resample")
+    },  # type: ignore[arg-type]
     ratio=(1.0, 1.0),
     resample=(1.0, 1.0),
     sharpness=("blur",),
+    parts=MASKS,
 )
 NOTHING = replace(NOTHING, colour_chance=0.0, frequency_chance=0.0)
 

@@ -19,6 +19,8 @@ from fsvfm.faces.images import load_image, save_png
 from fsvfm.recipes import demo
 from fsvfm.recipes.engine import Prepared
 
+#: Every photograph and every forgery.
+ALL = ("recipe.limit=null", "recipe.seen=[self_blend,self_resample]")
 #: Photographs in which dlib finds a face.
 NAMES = ("001", "002", "003", "005", "006", "007")
 
@@ -45,7 +47,7 @@ def run(name: str, out: Path, *overrides: str, **engine: Any) -> Prepared:
 
 @pytest.fixture(scope="module")
 def prepared(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return run("demo", tmp_path_factory.mktemp("demo") / "out", f"recipe.images={photos}", "recipe.limit=null")
+    return run("demo", tmp_path_factory.mktemp("demo") / "out", f"recipe.images={photos}", *ALL)
 
 
 def test_the_account_adds_up(prepared: Prepared) -> None:
@@ -100,7 +102,7 @@ def test_lost_files_are_made_again_byte_by_byte(prepared: Prepared, photos: Path
     lost = [path for path in sorted(before) if path.suffix in (".png", ".parquet")][::3]
     for path in lost:
         path.unlink()
-    run("demo", out, f"recipe.images={photos}", "recipe.limit=null")
+    run("demo", out, f"recipe.images={photos}", *ALL)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -121,7 +123,7 @@ def test_the_limit_counts_faces_and_the_seed_chooses(photos: Path, tmp_path: Pat
 
 def test_changed_settings_are_noticed(prepared: Prepared, photos: Path) -> None:
     with pytest.raises(DataError, match="strength: 'strong' → 'subtle'"):
-        run("demo", prepared.manifest.root, f"recipe.images={photos}", "recipe.limit=null", "recipe.strength=subtle")
+        run("demo", prepared.manifest.root, f"recipe.images={photos}", *ALL, "recipe.strength=subtle")
 
 
 @pytest.mark.parametrize(
