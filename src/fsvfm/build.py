@@ -12,12 +12,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from fsvfm.errors import ConfigError, FsvfmError
+from fsvfm.cli import say
+from fsvfm.errors import ConfigError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -25,12 +24,6 @@ if TYPE_CHECKING:
 #: Keys of the ``data`` group that describe the data set; all others are arguments of the data module.
 DATA_FACTS = ("name", "prepare", "mean", "std")
 STEPS = ("fit", "test")
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Print, on the first process only."""
-    print(text, flush=True)
 
 
 def prepared(folder: str | Path) -> bool:
@@ -58,9 +51,16 @@ def _data_problems(cfg: DictConfig) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
+def _cuda_devices() -> int:
+    # Imported here: a run that is finished already, or has other problems, should say so without seconds of loading.
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _device_problems(cfg: DictConfig) -> list[str]:
     trainer, problems = cfg.trainer, []
-    cuda = torch.cuda.device_count()
+    cuda = _cuda_devices()
     devices = trainer.devices if isinstance(trainer.devices, int) else cuda
     if trainer.accelerator == "gpu" and (not cuda or devices > cuda):
         problems.append(
@@ -167,7 +167,7 @@ def build_task(cfg: DictConfig, data: pl.LightningDataModule) -> pl.LightningMod
 
 
 def _report_batch(cfg: DictConfig) -> None:
-    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else torch.cuda.device_count() or 1
+    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else _cuda_devices() or 1
     effective = cfg.data.batch_size * devices * cfg.trainer.num_nodes * cfg.trainer.accumulate_grad_batches
     lr = cfg.optim.base_lr * effective / 256
     note = f"effective batch {effective}, peak learning rate {lr:.3g} (= {cfg.optim.base_lr:g} · {effective} / 256)"
@@ -186,6 +186,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
         ".*your dataloader is not resumable.*",  # it is: data.datamodules keeps the position
+        ".*module(s) in eval mode at the start.*",  # a frozen backbone is meant to be
         ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
@@ -208,6 +209,40 @@ def run_folder(cfg: DictConfig) -> Path:
     folder = Path(cfg.paths.run)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def checkpoints(cfg: DictConfig) -> dict[str, str]:
+    """What to evaluate: label → checkpoint.
+
+    Raises:
+        ConfigError: a local checkpoint does not exist.
+    """
+    if cfg.ckpt is None:
+        chosen = {str(cfg.name): str(Path(cfg.paths.run) / "export")}
+    elif isinstance(cfg.ckpt, str):
+        path = Path(cfg.ckpt)
+        chosen = {path.parent.name if path.name == "export" else path.stem: cfg.ckpt}
+    else:
+        chosen = {str(label): str(path) for label, path in cfg.ckpt.items()}
+    local = {label: path for label, path in chosen.items() if not path.startswith(("hf://", "zoo:"))}
+    absent = [f"  {label}: {path}" for label, path in local.items() if not Path(path).expanduser().exists()]
+    if absent:
+        listed = "\n".join(absent)
+        raise ConfigError(f"no checkpoint at\n{listed}\nTrain it first, or say what to evaluate with ckpt=<path>")
+    return chosen
+
+
+def require_testsets(cfg: DictConfig) -> None:
+    """Raise ConfigError unless there are test sets and all of them are prepared."""
+    tests = cfg.get("testsets") or {}
+    if not tests:
+        raise ConfigError("there is nothing to test on: choose protocol=<name>, or an experiment that has one")
+    missing = [
+        f"  {name}: {test.manifest} — {test.prepare}" for name, test in tests.items() if not prepared(test.manifest)
+    ]
+    if missing:
+        listed = "\n".join(missing)
+        raise ConfigError(f"these test sets are not prepared:\n{listed}")
 
 
 #: Settings that may change when a run is continued: they do not change what is computed.
@@ -253,6 +288,3 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Any:
 def command_line() -> str:
     """The command as it was given, for records."""
     return shlex.join(["python", "-m", "fsvfm." + Path(sys.argv[0]).stem, *sys.argv[1:]])
-
-
-__all__ = ["FsvfmError", "build_data", "build_task", "build_trainer", "check", "command_line", "settle_folder"]

@@ -39,6 +39,20 @@ OmegaConf.register_new_resolver("slug", slug, replace=True)
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 
 
+def rank() -> int:
+    """Number of this process among those of a distributed run, from what launchers put into the environment."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def say(text: str) -> None:
+    """Print, on the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def guard(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run a command; print an :class:`FsvfmError` as ``error: …`` on stderr and leave with status 1."""
 

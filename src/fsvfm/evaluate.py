@@ -12,9 +12,9 @@ from fsvfm import cli
 @cli.guard
 def main(cfg: DictConfig) -> None:
     """Evaluate as configured."""
-    from fsvfm.evaluation import evaluate
+    from fsvfm.runner import evaluate_once
 
-    evaluate(cfg)
+    evaluate_once(cfg)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ import torch
 from omegaconf import DictConfig
 from rich.progress import track
 
-from fsvfm.build import prepared
+from fsvfm import build
 from fsvfm.checkpoint import Checkpoint, load_checkpoint, normalisation
 from fsvfm.data.datamodules import make_loader
 from fsvfm.data.datasets import LabelledFaces
 from fsvfm.data.manifest import Manifest
 from fsvfm.data.transforms import test_transform
-from fsvfm.errors import CheckpointError, ConfigError, DataError
+from fsvfm.errors import CheckpointError, DataError
 from fsvfm.loading import load_into
 from fsvfm.metrics.forgery import summarise
 from fsvfm.models.detector import Detector, build_detector
@@ -94,62 +94,33 @@ def predict_manifest(
     return table
 
 
-def checkpoints(cfg: DictConfig) -> dict[str, str]:
-    """What to evaluate: label → checkpoint.
-
-    Raises:
-        ConfigError: a local checkpoint does not exist.
-    """
-    if cfg.ckpt is None:
-        chosen = {str(cfg.name): str(Path(cfg.paths.run) / "export")}
-    elif isinstance(cfg.ckpt, str):
-        chosen = {Path(cfg.ckpt).parent.name if Path(cfg.ckpt).name == "export" else Path(cfg.ckpt).stem: cfg.ckpt}
-    else:
-        chosen = {str(label): str(path) for label, path in cfg.ckpt.items()}
-    absent = [f"  {label}: {path}" for label, path in chosen.items() if "://" not in path and ":" not in path[:5]]
-    absent = [line for line in absent if not Path(line.split(": ", 1)[1]).expanduser().exists()]
-    if absent:
-        listed = "\n".join(absent)
-        raise ConfigError(f"no checkpoint at\n{listed}\nTrain it first, or say what to evaluate with ckpt=<path>")
-    return chosen
-
-
 def _selection(test: Mapping[str, Any]) -> Manifest:
     methods = None if test["methods"] is None else ["real", *test["methods"]]
     return Manifest.read(test["manifest"]).select(split=test["split"], methods=methods)
 
 
-def evaluate(cfg: DictConfig, *, chosen: dict[str, str] | None = None, out: Path | None = None) -> dict[str, Any]:
+def evaluate(cfg: DictConfig, chosen: Mapping[str, str], out: Path) -> dict[str, Any]:
     """Evaluate checkpoints on the protocol's test sets; write predictions and tables.
 
     Args:
         cfg: composed configuration (``testsets``, ``evaluate``, ``ckpt`` …).
-        chosen: label → checkpoint; None takes ``ckpt``.
-        out: folder for the results; None takes ``evaluate.out``.
+        chosen: label → checkpoint.
+        out: folder for the results.
 
     Returns:
         Results: label → test set → summary (:func:`fsvfm.metrics.forgery.summarise`).
 
     Raises:
-        ConfigError: no test sets, or a checkpoint or data set that is not there.
+        ConfigError: no test sets, or one that is not prepared.
     """
-    chosen = chosen or checkpoints(cfg)
-    folder = Path(out or cfg.evaluate.out)
-    tests = cfg.get("testsets") or {}
-    if not tests:
-        raise ConfigError("there is nothing to test on: choose protocol=<name>, or an experiment that has one")
-    missing = [
-        f"  {name}: {test.manifest} — {test.prepare}" for name, test in tests.items() if not prepared(test.manifest)
-    ]
-    if missing:
-        listed = "\n".join(missing)
-        raise ConfigError(f"these test sets are not prepared:\n{listed}")
+    build.require_testsets(cfg)
+    folder = Path(out)
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     results: dict[str, dict[str, Any]] = {}
     predictions = []
     for label, source in chosen.items():
         detector = load_detector_network(source, device=device)
-        for name, test in tests.items():
+        for name, test in cfg.testsets.items():
             table = predict_manifest(
                 detector,
                 _selection(test),
@@ -172,11 +143,11 @@ def evaluate(cfg: DictConfig, *, chosen: dict[str, str] | None = None, out: Path
     return results
 
 
-def _made(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
+def _made(cfg: DictConfig, chosen: Mapping[str, str]) -> dict[str, Any]:
     packages = ("fsvfm", "torch", "timm", "pytorch-lightning", "numpy")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoints": chosen,
+        "checkpoints": dict(chosen),
         "protocol": str(cfg.protocol.name),
         "seed": cfg.seed,
         "versions": {name: version(name) for name in packages},
@@ -185,10 +156,10 @@ def _made(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
 
 
 def _print(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    print(f"{'run':<12}{'test set':<16}{'AUC':>20}{'EER':>20}{'AP':>20}   (%, frame level, 95 % interval)")
+    print(f"{'run':<20}{'test set':<16}{'AUC':>20}{'EER':>20}{'AP':>20}   (%, frame level, 95 % interval)")
     rows = {(r["run"], r["testset"], r["metric"]): r for r in result_rows(results) if r["level"] == "frame"}
     for run, sets in results.items():
         for name in sets:
             cells = "".join(f"{percent(rows[run, name, metric]):>20}" for metric in ("auc", "eer", "ap"))
-            print(f"{run:<12}{name:<16}{cells}")
+            print(f"{run:<20}{name:<16}{cells}")
     print(f"tables, scores and intervals: {folder}")

@@ -374,7 +374,9 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 @guard
 def main(config: DictConfig) -> None:
     """Command line: all settings are in ``configs/report.yaml``."""
-    path = write_report(**OmegaConf.to_container(config, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    del settings["paths"]  # only there for the others to refer to
+    path = write_report(**settings)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

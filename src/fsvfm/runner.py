@@ -12,20 +12,13 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
 
 from fsvfm import build
-from fsvfm.checkpoint import load_checkpoint
+from fsvfm.cli import rank, say
 from fsvfm.errors import ConfigError
-from fsvfm.evaluation import evaluate
-from fsvfm.exports import save_export
 
-
-def rank() -> int:
-    """Number of this process among those of the run, before and after Lightning has set them up."""
-    return int(getattr(rank_zero_only, "rank", 0))
+# Heavy packages are imported where they are used: saying that a run is finished, or what it lacks, takes a second.
 
 
 def train(cfg: DictConfig) -> None:
@@ -34,26 +27,34 @@ def train(cfg: DictConfig) -> None:
     Raises:
         ConfigError: a configuration that cannot run; all problems are told together.
     """
-    build.check(cfg)
+    if not all(_marker(cfg, step).is_file() for step in cfg.run) or cfg.resume != "auto":
+        build.check(cfg)
     folder = build.run_folder(cfg)
     if rank() == 0:
         build.settle_folder(cfg)
-        record(folder)
     for step in cfg.run:
-        marker = folder / f"{step}.done.json"
+        marker = _marker(cfg, step)
         if marker.is_file() and cfg.resume == "auto":
-            print(f"{step}: finished already in {folder} (resume=never starts over)", flush=True)
+            say(f"{step}: finished already in {folder} (resume=never starts over)")
             continue
         if step == "test" and rank():
             continue
+        if rank() == 0:
+            record(folder)
         started = time.monotonic()
         {"fit": fit, "test": test}[step](cfg, folder)
         if rank() == 0:
             _write_json(marker, {"finished": _now(), "seconds": round(time.monotonic() - started, 1)})
 
 
+def _marker(cfg: DictConfig, step: str) -> Path:
+    return Path(cfg.paths.run) / f"{step}.done.json"
+
+
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Train, then export the checkpoint that counts: the lowest validation loss, or the last one in pre-training."""
+    import torch
+
     from fsvfm.callbacks.csv_log import MetricsFile
 
     data = build.build_data(cfg)
@@ -63,7 +64,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     step = -1
     if resume is not None:
         step = int(torch.load(resume, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-        print(f"continuing {resume} at step {step}", flush=True)
+        say(f"continuing {resume} at step {step}")
     for logger in trainer.loggers:
         if isinstance(logger, MetricsFile):
             logger.keep_until(step)
@@ -78,14 +79,49 @@ def fit(cfg: DictConfig, folder: Path) -> None:
 
 def test(cfg: DictConfig, folder: Path) -> None:
     """Score the exported checkpoint on the protocol's test sets."""
-    evaluate(cfg, chosen={str(cfg.name): str(folder / "export")}, out=folder / "test")
+    from fsvfm.evaluation import evaluate
+
+    evaluate(cfg, {str(cfg.name): str(folder / "export")}, folder / "test")
 
 
 test.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
 
 
+def evaluate_once(cfg: DictConfig) -> None:
+    """Evaluate ``ckpt`` on the protocol, unless the same was done before.
+
+    Raises:
+        ConfigError: a checkpoint or test set that is not there.
+    """
+    chosen = build.checkpoints(cfg)
+    build.require_testsets(cfg)
+    out = Path(cfg.evaluate.out)
+    record = {
+        "settings": [OmegaConf.to_container(part, resolve=True) for part in (cfg.testsets, cfg.evaluate)] + [cfg.seed],
+        "checkpoints": {label: [source, _stamp(Path(source))] for label, source in chosen.items()},
+        "manifests": {name: _stamp(Path(test.manifest)) for name, test in cfg.testsets.items()},
+    }
+    marker = out / "evaluated.json"
+    if cfg.resume == "auto" and marker.is_file() and json.loads(marker.read_text()) == record:
+        say(f"evaluated already: {out / 'results.md'} (resume=never does it again)")
+        return
+    from fsvfm.evaluation import evaluate
+
+    evaluate(cfg, chosen, out)
+    _write_json(marker, record)
+
+
+def _stamp(path: Path) -> list[list[Any]]:
+    """Name, size and time of change of the files that a checkpoint or prepared folder is read from."""
+    files = [path] if path.is_file() else sorted([*path.glob("model.*"), *path.glob("manifest.*")])
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def export(checkpoint: Path, folder: Path) -> None:
     """Write the small export (safetensors + JSON) of a Lightning checkpoint."""
+    from fsvfm.checkpoint import load_checkpoint
+    from fsvfm.exports import save_export
+
     loaded = load_checkpoint(checkpoint)
     meta = {**loaded.meta, "provenance": {**loaded.meta.get("provenance", {}), "exported": _now()}}
     save_export(folder, loaded.state, meta)
@@ -111,6 +147,8 @@ def resume_path(cfg: DictConfig, folder: Path) -> Path | None:
 
 def record(folder: Path) -> None:
     """Keep what a reader needs to know about how a run was made: command, code, packages, machine."""
+    import torch
+
     environment: dict[str, Any] = {
         "time": _now(),
         "command": build.command_line(),
