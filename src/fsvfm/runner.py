@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -98,8 +99,8 @@ def evaluate_once(cfg: DictConfig) -> None:
     out = Path(cfg.evaluate.out)
     record = {
         "settings": [OmegaConf.to_container(part, resolve=True) for part in (cfg.testsets, cfg.evaluate)] + [cfg.seed],
-        "checkpoints": {label: [source, _stamp(Path(source))] for label, source in chosen.items()},
-        "manifests": {name: _stamp(Path(test.manifest)) for name, test in cfg.testsets.items()},
+        "checkpoints": {label: [source, _digests(Path(source))] for label, source in chosen.items()},
+        "manifests": {name: _digests(Path(test.manifest)) for name, test in cfg.testsets.items()},
     }
     marker = out / "evaluated.json"
     if cfg.resume == "auto" and marker.is_file() and json.loads(marker.read_text()) == record:
@@ -111,10 +112,14 @@ def evaluate_once(cfg: DictConfig) -> None:
     _write_json(marker, record)
 
 
-def _stamp(path: Path) -> list[list[Any]]:
-    """Name, size and time of change of the files that a checkpoint or prepared folder is read from."""
+def _digests(path: Path) -> dict[str, str]:
+    """SHA-256 of the files that a local checkpoint or prepared folder is read from."""
     files = [path] if path.is_file() else sorted([*path.glob("model.*"), *path.glob("manifest.*")])
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    digests = {}
+    for file in files:
+        with file.open("rb") as content:
+            digests[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return digests
 
 
 def export(checkpoint: Path, folder: Path) -> None:
