@@ -64,7 +64,9 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     resume = resume_path(cfg, folder)
     step = -1
     if resume is not None:
-        step = int(torch.load(resume, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        saved = torch.load(resume, map_location="cpu", weights_only=True, mmap=True)
+        require_same_model(resume, saved["hyper_parameters"]["model"], task.hparams["model"])
+        step = int(saved["global_step"])
         say(f"continuing {resume} at step {step}")
     for logger in trainer.loggers:
         if isinstance(logger, MetricsFile):
@@ -131,6 +133,18 @@ def export(checkpoint: Path, folder: Path) -> None:
     meta = {**loaded.meta, "provenance": {**loaded.meta.get("provenance", {}), "exported": _now()}}
     save_export(folder, loaded.state, meta)
     print(f"exported {checkpoint.name} to {folder}", flush=True)
+
+
+def require_same_model(checkpoint: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ConfigError where a checkpoint to resume from has another architecture than the run."""
+    passing = ("init", "grad_checkpointing")
+    changed = [key for key in sorted({*saved, *wanted}) if saved.get(key) != wanted.get(key) and key not in passing]
+    if changed:
+        listed = "\n".join(f"  model.{key}: {saved.get(key)!r} → {wanted.get(key)!r}" for key in changed)
+        raise ConfigError(
+            f"{checkpoint} cannot be resumed, its network is another one:\n{listed}\n"
+            "Resume with the same model=…, or start from its weights in a new run with model.init=<export>"
+        )
 
 
 def resume_path(cfg: DictConfig, folder: Path) -> Path | None:

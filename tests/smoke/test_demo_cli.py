@@ -137,6 +137,9 @@ def test_errors_are_one_message(demo: Folder) -> None:
     assert "not a detector" in told
     told = demo.run("train", "experiment=demo_pretrain", *SMALL, "name=demo_pretrain", "masking.ratio=0.5", ok=False)
     assert "masking.ratio" in told
+    resume = "resume=runs/demo_pretrain/checkpoints/last.ckpt"
+    told = demo.run("train", "experiment=demo_pretrain", *SMALL, "name=other", "model.depth=2", resume, ok=False)
+    assert "model.depth: 4 → 2" in told
 
 
 def test_logged_to_tensorboard_and_wandb_offline(demo: Folder) -> None:

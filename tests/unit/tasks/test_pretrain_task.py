@@ -267,3 +267,13 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(
         grads = torch.load(tmp_path / f"grads{rank}.pt", weights_only=True)
         for name, parameter in task.online.named_parameters():
             torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_linear_probe_is_logged(compose_config: Compose, prepared_dir: Path) -> None:
+    cfg = config(compose_config, prepared_dir, "trainer.max_epochs=2")
+    probe = build.create(OmegaConf.create({
+        "_target_": "fsvfm.callbacks.probe.LinearProbe", "manifest": str(prepared_dir), "every_n_epochs": 2,
+    }))  # fmt: skip
+    trainer = fit(cfg, task_of(cfg), probe)
+    # The generated fakes have a blue centre: any features tell them apart.
+    assert float(trainer.callback_metrics["probe/auc"]) > 0.9
