@@ -200,15 +200,15 @@ def _load_lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         kind = "detector"
         state = {key.removeprefix("detector."): tensor for key, tensor in state.items()}
         task = "antispoof" if "head.embed.weight" in state else "forgery"
+    given = dict(parameters.get("model") or {})
+    strangers = [key for key in state if not key.startswith(PREFIXES[kind])]
+    if strangers:
+        raise CheckpointError(f"{path} has keys that are neither networks nor normalisation:{listing(strangers)}")
     if kind == "detector" and not parameters.get("class_order"):
         raise CheckpointError(
             f"{path} does not say which of its logits means fake (no class_order in its hyper-parameters); "
             "a guess could invert every score, so it is not loaded"
         )
-    given = dict(parameters.get("model") or {})
-    strangers = [key for key in state if not key.startswith(PREFIXES[kind])]
-    if strangers:
-        raise CheckpointError(f"{path} has keys that are neither networks nor normalisation:{listing(strangers)}")
     model = infer_model(
         state,
         heads=given.get("heads"),

@@ -19,8 +19,12 @@ _LONGEST = 120
 
 
 def slug(base: object, overrides: object) -> str:
-    """A folder name from an experiment and its overrides, without separators; long ones end in a digest."""
-    text = re.sub(r"[^\w.,=+-]+", "-", f"{base},{overrides}" if overrides else str(base))
+    """A folder name from an experiment and its overrides, such as ``demo_dfd__seed-1``; long ones end in a digest.
+
+    It holds no character that would need quoting when the folder is given to another command.
+    """
+    items = [re.sub(r"[^\w.]+", "-", item).strip("-") for item in str(overrides).split(",") if item]
+    text = "__".join([str(base), *items])
     if len(text) <= _LONGEST:
         return text
     return f"{text[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
