@@ -14,11 +14,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fsvfm.data.sampling import derive_seed
-from fsvfm.optim import scale_lr
+from fsvfm.optim import build_adamw, scale_lr
 from fsvfm.schedule import warmup_cosine
 
 
@@ -88,11 +88,8 @@ class BaseTask(pl.LightningModule):
         """Fused AdamW with linear scaling, and a warm-up cosine schedule evaluated at every step's fractional epoch."""
         optim = self.optim
         peak = scale_lr(optim["base_lr"], self.effective_batch)
-        groups = self.parameter_groups()
-        for group in groups:
-            group["lr"] = peak * group.get("lr_scale", 1.0)
         # Fused: it reads `found_inf` on the device, so a non-finite step is skipped without waiting for the host.
-        optimizer = AdamW(groups, lr=peak, betas=tuple(optim["betas"]), fused=True)
+        optimizer = build_adamw(self.parameter_groups(), peak, betas=tuple(optim["betas"]), fused=True)
         total_steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         epochs = total_steps / steps_per_epoch
@@ -139,7 +136,3 @@ class BaseTask(pl.LightningModule):
         self.step_taken.copy_(taken)
         self.window_finite.fill_(1.0)
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the normalisation with the weights (it is in the hyper-parameters too, by name)."""
-        checkpoint["fsvfm"] = {"task": type(self).__name__}
