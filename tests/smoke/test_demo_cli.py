@@ -92,7 +92,7 @@ def test_detectors_evaluation_and_report(demo: Folder) -> None:
     demo.run("report", f"evaluation={evaluation}")
     page = (demo.path / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "no usable detector" in page
+    assert "This is not a usable detector" in page
     assert page.count("data:image") > 4
 
 

@@ -30,7 +30,7 @@ PAPERS = {"crop_scale": (0.08, 1.0), "flip": 0.5, "rand_augment": "rand-m9-mstd0
 @pytest.fixture
 def damaged(prepared_dir: Path, tmp_path: Path) -> Path:
     """A copy of the prepared folder that tests may damage."""
-    return shutil.copytree(prepared_dir, tmp_path / "demo")
+    return shutil.copytree(prepared_dir, tmp_path / "demo", ignore=shutil.ignore_patterns("stats"))
 
 
 def real_rows(folder: Path) -> Manifest:
