@@ -24,7 +24,7 @@ def slug(base: object, overrides: object) -> str:
     It holds no character that would need quoting when the folder is given to another command.
     """
     items = [re.sub(r"[^\w.]+", "-", item).strip("-") for item in str(overrides).split(",") if item]
-    text = "__".join([str(base), *items])
+    text = "__".join([str(base or "run"), *items])
     if len(text) <= _LONGEST:
         return text
     return f"{text[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

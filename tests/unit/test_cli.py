@@ -14,6 +14,7 @@ from fsvfm.errors import ConfigError
 
 def test_names_of_runs() -> None:
     assert slug("demo_dfd", "") == "demo_dfd"
+    assert slug(None, "protocol=demo") == "run__protocol-demo"
     assert slug("demo_dfd", "masking.ratio=0.6,seed=1") == "demo_dfd__masking.ratio-0.6__seed-1"
 
 
