@@ -277,3 +277,20 @@ def test_linear_probe_is_logged(compose_config: Compose, prepared_dir: Path) -> 
     trainer = fit(cfg, task_of(cfg), probe)
     # The generated fakes have a blue centre: any features tell them apart.
     assert float(trainer.callback_metrics["probe/auc"]) > 0.9
+
+
+class Seeds(pl.Callback):
+    """The seed of the masks of every micro-batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(pl_module.generator(batch_idx).initial_seed())
+
+
+def test_masks_differ_between_all_steps_of_all_epochs(compose_config: Compose, prepared_dir: Path) -> None:
+    cfg = config(compose_config, prepared_dir, "trainer.max_epochs=2")
+    seeds = Seeds()
+    fit(cfg, task_of(cfg), seeds)
+    assert len(seeds.seen) == len(set(seeds.seen)) == 8
