@@ -109,8 +109,8 @@ def test_leaks_are_listed(column: str, tmp_path: Path) -> None:
 
 def test_no_leak_across_data_sets_or_for_unknown_people(tmp_path: Path) -> None:
     splits = ["train", "train", "val", "test", "test", "test"]
-    Manifest(rows(split=splits, subject="", video=list("abcdef")), tmp_path)
-    Manifest(rows(split=splits, dataset=list("uvwxyz"), subject="same", video="same"), tmp_path)
+    assert len(Manifest(rows(split=splits, subject="", video=list("abcdef")), tmp_path)) == 6
+    assert len(Manifest(rows(split=splits, dataset=list("uvwxyz"), subject="same", video="same"), tmp_path)) == 6
 
 
 @settings(max_examples=60, deadline=None)
