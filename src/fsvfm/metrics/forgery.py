@@ -9,13 +9,15 @@ Definitions (also written beside the numbers, see :data:`DEFINITIONS`): the fiel
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from fsvfm.errors import MetricError
-from fsvfm.metrics.bootstrap import bootstrap, percentile_interval
+from fsvfm.metrics import summary
+from fsvfm.metrics.samples import check_samples as check_samples
+from fsvfm.metrics.samples import video_scores as video_scores
 
 #: What each metric's name means here.
 DEFINITIONS = {
@@ -51,34 +53,6 @@ class Curve(NamedTuple):
     def fpr(self) -> np.ndarray:
         """(R, T) false-positive rate."""
         return self.reals / self.reals[:, -1:]
-
-
-def check_samples(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Scores as (N,) float64 and labels as (N,) int64, or an error that says what is wrong with them.
-
-    Raises:
-        MetricError: other shapes, no sample, a score that is not finite, a label other than 0 and 1, only one class.
-    """
-    scores, raw = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    if scores.ndim != 1 or scores.shape != raw.shape:
-        raise MetricError(f"scores and labels must be two lists of one length, got shapes {scores.shape}, {raw.shape}")
-    if len(scores) == 0:
-        raise MetricError("there are no samples; a metric needs scores of real and of fake samples")
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if len(bad):
-        raise MetricError(
-            f"{len(bad)} of {len(scores)} scores are not finite, the first is sample {bad[0]} ({scores[bad[0]]}); "
-            "look at that image and at the network's weights"
-        )
-    if not np.isin(raw, (0, 1)).all():
-        raise MetricError(f"labels must be 0 (real) or 1 (fake), got {sorted(set(raw.tolist()))[:5]}")
-    labels = raw.astype(np.int64)
-    if labels.min() == labels.max():
-        name = ("real", "fake")[labels[0]]
-        raise MetricError(
-            f"all {len(labels)} samples are {name}; a detection metric needs real and fake samples in the same test set"
-        )
-    return scores, labels
 
 
 def curve(scores: Any, labels: Any, weights: np.ndarray | None = None) -> Curve:
@@ -177,152 +151,25 @@ def eer(scores: Any, labels: Any) -> float:
     return metric("eer", scores, labels)
 
 
+def tpr_at_fpr(scores: Any, labels: Any, limit: float) -> float:
+    """Largest TPR in [0, 1] at a threshold with FPR ≤ ``limit``, no interpolation; errors as :func:`check_samples`."""
+    return float(_tpr_at(limit)(curve(scores, labels))[0])
+
+
 def roc_points(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ROC curve: false-positive rates, true-positive rates and thresholds, each (T,), from (0, 0) at +∞ to (1, 1)."""
     c = curve(scores, labels)
     return c.fpr[0], c.tpr[0], c.thresholds
 
 
-def video_scores(scores: Any, videos: Any, labels: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of a video's frame scores.
-
-    Args:
-        scores: (N,) P(fake) per frame.
-        videos: (N,) id of the frame's video, unique in its data set (FF++ ``000_003`` exists once per manipulation, so
-            the id holds the manipulation's name too).
-        labels: (N,) 0 real, 1 fake.
-
-    Returns:
-        ids (V,) sorted, scores (V,) float64, labels (V,) int64. The order of the frames does not change a single bit.
-
-    Raises:
-        MetricError: as :func:`check_samples`; ids missing; a video whose frames carry both labels.
-    """
-    scores, labels = check_samples(scores, labels)
-    videos = np.asarray(videos)
-    if videos.shape != scores.shape or pd.isna(videos).any():
-        raise MetricError("every sample needs a video id (for a photograph: its own name); some are missing")
-    ids, index, counts = np.unique(videos, return_inverse=True, return_counts=True)
-    fakes = np.bincount(index, weights=labels)
-    mixed = np.flatnonzero((fakes > 0) & (fakes < counts))
-    if len(mixed):
-        names = ", ".join(str(ids[i]) for i in mixed[:5])
-        raise MetricError(
-            f"{len(mixed)} video(s) have frames labelled real and frames labelled fake: {names}. "
-            "A video id must be unique in its data set; put the method's name into it"
-        )
-    # Frames are summed in the order of their scores, so that batches and workers cannot change the last bit.
-    order = np.lexsort((scores, index))
-    sums = np.add.reduceat(scores[order], np.concatenate([[0], np.cumsum(counts)[:-1]]))
-    return ids, sums / counts, (fakes > 0).astype(np.int64)
+def statistics(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """All of :data:`METRICS`, each (R,), from scores (N,), labels (N,) and weights (R, N)."""
+    c = curve(scores, labels, weights)
+    return {name: function(c) for name, function in METRICS.items()}
 
 
-def evaluate(
-    scores: Any, labels: Any, groups: Any, *, replicates: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict[str, Any]:
-    """All metrics with percentile bootstrap intervals over clusters.
+#: ``evaluate(scores, labels, groups, …)``: all metrics with intervals, see :func:`fsvfm.metrics.summary.evaluate`.
+evaluate = partial(summary.evaluate, statistics)
 
-    Args:
-        scores: (N,) P(fake) in [0, 1].
-        labels: (N,) 0 real, 1 fake.
-        groups: (N,) ids of the clusters that are drawn again (videos or people).
-        replicates: bootstrap replicates; 0 leaves the intervals out (``low`` and ``high`` are None).
-        seed: of the bootstrap.
-        level: of the interval.
-
-    Returns:
-        ``{"n", "real", "fake", "clusters", "metrics": {name: {"value", "low", "high"}}}``, fractions in [0, 1].
-
-    Raises:
-        MetricError: as :func:`check_samples`; a score outside [0, 1].
-    """
-    scores, labels = check_samples(scores, labels)
-    groups = np.asarray(groups)
-    if scores.min() < 0 or scores.max() > 1:
-        raise MetricError(f"scores must be probabilities in [0, 1], got {scores.min():.4g} to {scores.max():.4g}")
-
-    def all_metrics(weights: np.ndarray | None) -> np.ndarray:
-        c = curve(scores, labels, weights)
-        return np.stack([function(c) for function in METRICS.values()], axis=1)
-
-    values = all_metrics(None)[0].tolist()
-    low: list[float | None] = [None] * len(values)
-    high: list[float | None] = [None] * len(values)
-    if replicates:
-        drawn = bootstrap(all_metrics, labels, groups, replicates=replicates, seed=seed)
-        low, high = (limit.tolist() for limit in percentile_interval(drawn, level))
-    return {
-        "n": len(scores),
-        "real": int((labels == 0).sum()),
-        "fake": int(labels.sum()),
-        "clusters": len(np.unique(groups)),
-        "metrics": {name: {"value": values[i], "low": low[i], "high": high[i]} for i, name in enumerate(METRICS)},
-    }
-
-
-def summarise(
-    table: pd.DataFrame, *, replicates: int = 1000, seed: int = 0, cluster: str = "video", level: float = 0.95
-) -> dict[str, Any]:
-    """Everything that is reported about the scores of one detector on one test set.
-
-    Args:
-        table: one row per sample with ``score`` (P(fake)), ``label`` (0 real, 1 fake) and ``video`` (id); optional
-            ``method`` (for the breakdown), ``subject`` (needed for ``cluster="subject"``), ``dataset`` (video ids and
-            subjects are then taken as unique within it only), ``path`` (to name a bad sample).
-        replicates: bootstrap replicates, 0 for none.
-        seed: of the bootstrap.
-        cluster: what is drawn again: ``video`` as in the papers' protocols, or ``subject`` where several samples show
-            one person (forgeries made from a test person's own photograph).
-        level: of the intervals.
-
-    Returns:
-        A JSON-ready dict: ``frame`` and ``video`` (each as :func:`evaluate`), ``method`` (name → the same two levels,
-        that method's fakes against all reals), ``interval`` (how the intervals were made), ``definitions``.
-
-    Raises:
-        MetricError: a column is missing, or samples from which the metrics cannot be computed.
-    """
-    if cluster not in ("video", "subject"):
-        raise MetricError(f"intervals are drawn over 'video' or 'subject', not {cluster!r}")
-    missing = [name for name in dict.fromkeys(("score", "label", "video", cluster)) if name not in table]
-    if missing:
-        raise MetricError(f"the table of scores has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
-    if (bad := table[~np.isfinite(table["score"].astype(float))]).shape[0] and "path" in table:
-        raise MetricError(f"{len(bad)} of {len(table)} scores are not finite, the first is of {bad['path'].iloc[0]}")
-
-    def levels(part: pd.DataFrame) -> dict[str, Any]:
-        videos, groups = _ids(part, "video"), _ids(part, cluster)
-        ids, scores, labels = video_scores(part["score"], videos, part["label"])
-        owner = pd.Series(groups).groupby(videos).agg(["first", "nunique"]).loc[ids]
-        if (owner["nunique"] > 1).any():
-            raise MetricError(f"video {owner.index[owner['nunique'] > 1][0]} shows several subjects; draw over videos")
-        options: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
-        return {
-            "frame": evaluate(part["score"], part["label"], groups, **options),
-            "video": evaluate(scores, labels, owner["first"].to_numpy(), **options),
-        }
-
-    methods = sorted(table.loc[table["label"] == 1, "method"].astype(str).unique()) if "method" in table else []
-    summary = levels(table)
-    summary["method"] = {
-        name: levels(table[(table["label"] == 0) | (table["method"].astype(str) == name)]) for name in methods
-    }
-    summary["interval"] = {
-        "level": level,
-        "over": cluster,
-        "replicates": replicates,
-        "seed": seed,
-        "kind": "percentile bootstrap",
-    }
-    summary["definitions"] = dict(DEFINITIONS)
-    return summary
-
-
-def _ids(table: pd.DataFrame, column: str) -> np.ndarray:
-    """Ids of a column as text, made unique over data sets where the table holds several."""
-    if table[column].isna().any():
-        raise MetricError(f"{int(table[column].isna().sum())} samples have no {column}; every sample needs one")
-    ids = table[column].astype(str)
-    if "dataset" in table and table["dataset"].nunique() > 1:
-        ids = table["dataset"].astype(str) + "/" + ids
-    return ids.to_numpy(dtype=str)
+#: ``summarise(table, …)``: what is reported of one test set, see :func:`fsvfm.metrics.summary.summarise`.
+summarise = partial(summary.summarise, statistics, DEFINITIONS)

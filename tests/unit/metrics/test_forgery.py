@@ -11,7 +11,19 @@ from scipy.optimize import brentq
 from sklearn import metrics as sk
 
 from fsvfm.errors import MetricError
-from fsvfm.metrics.forgery import METRICS, auc, curve, eer, evaluate, metric, roc_points, summarise, video_scores
+from fsvfm.metrics.forgery import (
+    DEFINITIONS,
+    METRICS,
+    auc,
+    curve,
+    eer,
+    evaluate,
+    metric,
+    roc_points,
+    summarise,
+    tpr_at_fpr,
+    video_scores,
+)
 
 
 @st.composite
@@ -34,6 +46,7 @@ def test_agrees_with_scikit_learn(data):
     expected = sk.balanced_accuracy_score(labels, scores >= 0.5)
     assert metric("balanced_accuracy", scores, labels) == pytest.approx(expected)
     assert metric("tpr_at_fpr_5", scores, labels) == pytest.approx(tpr[fpr <= 0.05].max())
+    assert tpr_at_fpr(scores, labels, 0.3) == pytest.approx(tpr[fpr <= 0.3].max())
     ours = roc_points(scores, labels)
     np.testing.assert_allclose(ours[0], fpr)
     np.testing.assert_allclose(ours[1], tpr)
@@ -158,6 +171,7 @@ def test_summary_holds_both_levels_and_each_method_against_all_reals():
     summary = summarise(data, replicates=50)
     assert (summary["frame"]["n"], summary["video"]["n"], summary["video"]["clusters"]) == (180, 60, 60)
     assert set(summary["method"]) == {"swap", "blend"}
+    assert set(summary["definitions"]) == set(summary["frame"]["metrics"]) == set(DEFINITIONS)
     part = data[data["method"] != "blend"]
     expected = sk.roc_auc_score(part["label"], part["score"])
     assert summary["method"]["swap"]["frame"]["metrics"]["auc"]["value"] == pytest.approx(expected)
