@@ -101,6 +101,46 @@ def prepared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_prepared(tmp_path_factory.mktemp("data") / "demo")
 
 
+#: Videos per split and class of the generated anti-spoofing sets: (train real, train attack, test of each).
+ANTISPOOF_SETS = {"msu": (4, 6, 4), "casia": (5, 5, 3), "replay": (9, 4, 3), "oulu": (4, 4, 3), "celeb": (12, 15, 0)}
+
+
+def make_antispoof(folder: Path, *, size: int = 48, seed: int = 0) -> Path:
+    """Prepared folders ``<folder>/<set>`` of generated videos with two frames each; attacks have a blue middle."""
+    rng = np.random.default_rng(seed)
+    for name, (reals, attacks, tests) in ANTISPOOF_SETS.items():
+        (folder / name / "images").mkdir(parents=True)
+        rows = []
+        for split, label, count in (
+            ("train", 0, reals), ("train", 1, attacks), ("test", 0, tests), ("test", 1, tests)
+        ):  # fmt: skip
+            for number in range(count):
+                video = f"{split}_{'attack' if label else 'real'}_{number}"
+                noise = Image.fromarray(rng.integers(60, 200, (4, 4, 3), dtype=np.uint8))
+                pixels = np.array(noise.resize((size, size), Image.Resampling.BICUBIC))
+                if label:
+                    pixels[size // 4 : -size // 4, size // 4 : -size // 4, 2] = 255
+                for frame in (6, 50):
+                    path = f"images/{video}_frame_{frame}.png"
+                    Image.fromarray(np.clip(pixels + frame // 10, 0, 255).astype(np.uint8)).save(folder / name / path)
+                    rows.append(
+                        {
+                            "path": path, "label": label, "split": split, "dataset": name, "video": video,
+                            "method": "print" if label else "real", "subject": "", "frame": frame,
+                        }
+                    )  # fmt: skip
+        Manifest(pd.DataFrame(rows[::-1]), folder / name).write()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def antispoof_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared anti-spoofing sets msu, casia, replay, oulu and celeb, small and of unequal sizes, in ``fas``."""
+    root = tmp_path_factory.mktemp("antispoof")
+    make_antispoof(root / "fas")
+    return root
+
+
 @pytest.fixture
 def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
     """Compose a shipped configuration: ``compose_config("train", "experiment=demo_pretrain", …)``."""

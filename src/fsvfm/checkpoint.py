@@ -1,7 +1,7 @@
 """Checkpoints: one way to load all of them, a report of every key, our small export format, and the released layouts.
 
-`load_checkpoint` accepts an export folder, a released `.pth`, a Lightning `.ckpt` of ours, `hf://…` and `zoo:…`, and
-always returns a `Checkpoint` with our tensor names and the same metadata:
+`load_checkpoint` accepts an export folder, a released `.pth`, a Lightning `.ckpt` of ours, `hf://…`, `zoo:…` and
+`timm:…`, and always returns a `Checkpoint` with our tensor names and the same metadata:
 
     {"format": "fsvfm-export", "version": 1, "kind": "pretrain" | "encoder" | "detector",
      "task": "pretrain" | "forgery" | "antispoof", "model": {name, image_size, patch_size, dim, depth, heads, …},
@@ -24,12 +24,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from fsvfm import zoo
 from fsvfm.errors import CheckpointError
 from fsvfm.exports import PREFIXES, check_state, is_triple, plain, read_meta, save_export, validate_meta
 from fsvfm.loading import LoadReport, load_into, resize_pos_embed
+from fsvfm.models.lora import fold, has_lora, renamed_for
+from fsvfm.models.vit import SIZES
 from fsvfm.published import (
     CLASS_ORDER,
     UNUSED,
@@ -40,6 +43,7 @@ from fsvfm.published import (
     recognise,
     to_published,
 )
+from fsvfm.timm_vit import TIMM, load_timm
 from fsvfm.zoo import STATS_FILE, ZooEntry
 
 __all__ = [
@@ -48,7 +52,8 @@ __all__ = [
 ]  # fmt: skip
 
 # A pre-trained ViT has a final norm; with global pooling a fresh fc_norm stands in its place. The head is new.
-DOWNSTREAM_UNUSED, DOWNSTREAM_MISSING = ("norm.*",), ("fc_norm.*", "head.*")
+# Low-rank updates start at zero.
+DOWNSTREAM_UNUSED, DOWNSTREAM_MISSING = ("norm.*",), ("fc_norm.*", "head.*", "*.lora_*")
 _OWN_META = "fsvfm_meta"  # entry in a released container we wrote: our metadata as JSON text, so that nothing is lost
 
 
@@ -132,7 +137,8 @@ def load_checkpoint(
 
     Args:
         source: an export folder (or its `model.safetensors`, or a run folder holding `export/`), a released `.pth` or
-            a folder with one, a Lightning `.ckpt` of ours, `hf://<owner>/<repository>/<file>`, or `zoo:<short name>`.
+            a folder with one, a Lightning `.ckpt` of ours (low-rank updates become part of the weights),
+            `hf://<owner>/<repository>/<file>`, `zoo:<short name>`, or `timm:<model name>` of a plain ViT.
         target: for pre-training checkpoints also load the target network (released: `checkpoint-te-*.pth` beside it).
         heads: attention heads, for released files of a width that is no known size.
         decoder_heads: attention heads of both decoders of such a file (published: 16).
@@ -142,6 +148,25 @@ def load_checkpoint(
     Raises:
         CheckpointError: absent, damaged, unsafe, of no known layout, of inconsistent sizes, or with unexplained keys.
     """
+    if os.fspath(source).startswith(TIMM):
+        loaded = _load_timm(os.fspath(source))
+    else:
+        loaded = _load_file(source, target, heads, decoder_heads)
+    meta = dict(loaded.meta)
+    if mean is not None and std is not None:
+        meta |= {"mean": list(mean), "std": list(std)}
+    elif mean is not None or std is not None:
+        raise CheckpointError("mean and std belong together; give both or none")
+    if not target:
+        loaded = replace(
+            loaded, state={k: v for k, v in loaded.state.items() if not k.startswith("target.")} or loaded.state
+        )
+    return replace(loaded, meta=validate_meta(meta), source=os.fspath(source))
+
+
+def _load_file(
+    source: str | os.PathLike[str], target: bool, heads: int | None, decoder_heads: int | None
+) -> Checkpoint:
     resolved = zoo.resolve(source, target=target)
     path = _weights_file(resolved.path)
     if path.suffix == ".safetensors":
@@ -154,16 +179,16 @@ def load_checkpoint(
             loaded = _load_lightning(path, content)
         else:
             loaded = _load_published(path, content, resolved.entry, target, heads, decoder_heads)
-    meta = dict(loaded.meta)
-    if mean is not None and std is not None:
-        meta |= {"mean": list(mean), "std": list(std)}
-    elif mean is not None or std is not None:
-        raise CheckpointError("mean and std belong together; give both or none")
-    if not target:
-        loaded = replace(
-            loaded, state={k: v for k, v in loaded.state.items() if not k.startswith("target.")} or loaded.state
-        )
-    return replace(loaded, meta=validate_meta(meta), source=os.fspath(source), notes=(*resolved.notes, *loaded.notes))
+    return replace(loaded, notes=(*resolved.notes, *loaded.notes))
+
+
+def _load_timm(source: str) -> Checkpoint:
+    found = load_timm(source)
+    meta = {
+        "kind": "encoder", "task": "pretrain", "model": found.model, "tune": None, "mean": found.mean, "std": found.std,
+        "class_order": None, "provenance": found.provenance,
+    }  # fmt: skip
+    return Checkpoint("encoder", {f"encoder.{key}": tensor for key, tensor in found.state.items()}, meta, source)
 
 
 def _weights_file(path: Path) -> Path:
@@ -200,7 +225,10 @@ def _load_lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         kind = "detector"
         state = {key.removeprefix("detector."): tensor for key, tensor in state.items()}
         task = "antispoof" if "head.embed.weight" in state else "forgery"
-    given = dict(parameters.get("model") or {})
+    given, tune = dict(parameters.get("model") or {}), parameters.get("tune")
+    if has_lora(state):
+        state = fold(state, alpha=_lora_alpha(path, tune))
+        tune = {**(tune or {}), "merged": True}  # build_detector adds nothing, the updates are in the weights
     strangers = [key for key in state if not key.startswith(PREFIXES[kind])]
     if strangers:
         raise CheckpointError(f"{path} has keys that are neither networks nor normalisation:{listing(strangers)}")
@@ -217,7 +245,7 @@ def _load_lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     )
     model["name"] = given.get("name") or model["name"]
     meta = {
-        "kind": kind, "task": task, "model": model, "tune": parameters.get("tune"),
+        "kind": kind, "task": task, "model": model, "tune": tune,
         "mean": parameters.get("mean"), "std": parameters.get("std"),
         "class_order": parameters.get("class_order") if kind == "detector" else None,
         "provenance": {
@@ -226,6 +254,13 @@ def _load_lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         },
     }  # fmt: skip
     return Checkpoint(kind, state, meta, str(path))
+
+
+def _lora_alpha(path: Path, tune: Mapping[str, Any] | None) -> float:
+    alpha = ((tune or {}).get("lora") or {}).get("alpha")
+    if not isinstance(alpha, int | float):
+        raise CheckpointError(f"{path} has low-rank updates but does not say their alpha (tune.lora.alpha)")
+    return float(alpha)
 
 
 def _load_published(
@@ -359,10 +394,45 @@ def encoder_state(checkpoint: Checkpoint, which: str = "online") -> dict[str, Te
     return {key.removeprefix(prefix): tensor for key, tensor in checkpoint.state.items() if key.startswith(prefix)}
 
 
-def load_backbone(backbone: nn.Module, checkpoint: Checkpoint, which: str = "online") -> LoadReport:
-    """Start a downstream backbone from a checkpoint; see `encoder_state` for what is used and what stays fresh."""
+def load_backbone(backbone: VisionTransformer, checkpoint: Checkpoint, which: str = "online") -> LoadReport:
+    """Start a downstream backbone from a checkpoint; see `encoder_state` for what is used and what stays fresh.
+
+    Raises:
+        CheckpointError: another architecture (says which settings would fit), or keys that nobody can explain.
+    """
+    state = encoder_state(checkpoint, which)
+    _require_same_architecture(backbone, checkpoint)
     return load_into(
-        backbone, encoder_state(checkpoint, which), expect_missing=DOWNSTREAM_MISSING, expect_unused=DOWNSTREAM_UNUSED
+        backbone, renamed_for(backbone, state), expect_missing=DOWNSTREAM_MISSING, expect_unused=DOWNSTREAM_UNUSED
+    )
+
+
+def _require_same_architecture(backbone: VisionTransformer, checkpoint: Checkpoint) -> None:
+    """The number of heads leaves no trace in tensor shapes, so that metadata are compared, not only tensors."""
+    model = checkpoint.meta["model"]
+    here = {
+        "patch_size": int(backbone.patch_embed.patch_size[0]),
+        "dim": backbone.embed_dim,
+        "depth": len(backbone.blocks),
+        "heads": backbone.blocks[0].attn.num_heads,
+    }
+    there = {key: model[key] for key in here}
+    if there == here:
+        return
+    sizes = {name: {key: getattr(size, key) for key in here} for name, size in SIZES.items()}
+    fitting = next((f"model={name}" for name, size in sizes.items() if size == there), None)
+    if fitting is None:
+        fitting = " ".join(f"model.{key}={there[key]}" for key in here if there[key] != here[key])
+
+    def words(what: Mapping[str, int]) -> str:
+        name = next((name for name, size in sizes.items() if size == what), "a ViT")
+        return (
+            f"{name} (patch {what['patch_size']}, width {what['dim']}, {what['depth']} blocks, {what['heads']} heads)"
+        )
+
+    raise CheckpointError(
+        f"{checkpoint.source} holds {words(there)}, but the model to start from it is {words(here)}; "
+        f"give {fitting}, or another checkpoint as model.init"
     )
 
 

@@ -53,7 +53,7 @@ def weight_decay_groups(parameters: nn.Module | NamedParameters, weight_decay: f
 def layer_decay_groups(
     parameters: nn.Module | NamedParameters,
     weight_decay: float,
-    layer_decay: float,
+    layer_decay: float | None,
     *,
     depth: int | None = None,
     backbone_prefix: str = "backbone.",
@@ -78,7 +78,7 @@ def layer_decay_groups(
     Raises:
         ConfigError: decay out of range, a block with an index of `depth` or more, or no block to count.
     """
-    if not 0.0 < layer_decay <= 1.0:
+    if layer_decay is None or not 0.0 < layer_decay <= 1.0:
         raise ConfigError(f"layer_decay is {layer_decay}; expected a value in (0, 1].")
     pairs = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
     if depth is None:
@@ -134,8 +134,13 @@ def _add(groups: dict[str, Group], name: str, parameter: nn.Parameter, weight_de
 
 
 def build_adamw(
-    groups: list[Group], lr: float, *, betas: tuple[float, float] = (0.9, 0.95), fused: bool = True
-) -> torch.optim.AdamW:
+    groups: list[Group],
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    fused: bool = True,
+    decoupled: bool = True,
+) -> torch.optim.Optimizer:
     """Build AdamW over parameter groups, each at lr · its lr_scale.
 
     The fused kernel also skips a whole step, on the device, where `optimizer.found_inf` (float32, no dimensions) is 1:
@@ -146,13 +151,15 @@ def build_adamw(
         lr: learning rate of a group with lr_scale 1, >= 0.
         betas: decay of the two moments; (0.9, 0.95) in pre-training, (0.9, 0.999) in fine-tuning.
         fused: use the fused kernel.
+        decoupled: False builds Adam instead: the weight decay is added to the gradient, so the moments see it.
 
     Raises:
         ConfigError: nothing to train.
     """
     if not any(group["params"] for group in groups):
         raise ConfigError("no trainable parameter is left for the optimiser; check what is frozen.")
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizer = kind(groups, lr=lr, betas=betas, fused=fused)
     set_lr(optimizer, lr)
     return optimizer
 

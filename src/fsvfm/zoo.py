@@ -35,7 +35,8 @@ class ZooEntry:
     """One released checkpoint, or a local export.
 
     `file` is a path inside the hub's repository; where it has no suffix it is a folder whose weights file is looked up.
-    `epochs` are those of the named task (None: trained by iterations); `class_order` names logits 0 and 1.
+    `epochs` are those of the named task (None: trained by iterations); `class_order` names logits 0 and 1; `tune` is
+    how a detector was tuned (None: it is none).
     """
 
     name: str
@@ -51,14 +52,13 @@ class ZooEntry:
     class_order: tuple[str, ...] | None = None
     licence: str = LICENCE
     kind: str = "detector"
+    tune: str | None = None
     repository: str | None = REPOSITORY
 
     @property
     def tuning(self) -> str:
         """What the checkpoint is for, in the words of the table."""
-        return (
-            self.task if self.kind == "pretrain" else f"{self.task}, {'adapter' if 'adapter' in self.name else 'full'}"
-        )
+        return self.task if self.tune is None else f"{self.task}, {self.tune}"
 
 
 def _pretrained(name: str, size: str, folder: str, epochs: int, file_epoch: int) -> ZooEntry:
@@ -71,7 +71,10 @@ def _pretrained(name: str, size: str, folder: str, epochs: int, file_epoch: int)
 
 def _detector(name: str, size: str, data: str, epochs: int | None, task: str, folder: str) -> ZooEntry:
     at = f"finetuned_models/{folder}"
-    return ZooEntry(name, size, data, epochs, task, at, stats_file=f"{at}/{STATS_FILE}", class_order=("fake", "real"))
+    return ZooEntry(
+        name, size, data, epochs, task, at, stats_file=f"{at}/{STATS_FILE}", class_order=("fake", "real"),
+        tune="adapter" if name.endswith("adapter") else "full",
+    )  # fmt: skip
 
 
 def _released() -> list[ZooEntry]:
@@ -157,6 +160,7 @@ def local_exports(runs: str | Path) -> list[ZooEntry]:
                 class_order=tuple(meta.get("class_order") or ()) or None,
                 licence=str(provenance.get("licence", "–")),
                 kind=str(meta["kind"]),
+                tune=(meta.get("tune") or {}).get("name"),
                 repository=None,
             )
             entries.append(entry)
@@ -211,7 +215,7 @@ def resolve(source: str | os.PathLike[str], *, target: bool = True) -> Resolved:
         return _resolve_hub(repository, file, revision, "", entry_of_file(repository, file), target)
     if text.startswith("timm:"):
         raise CheckpointError(
-            f"{text!r}: timm names are not supported as checkpoints yet; give a file, hf:// or zoo: name"
+            f"{text} is more than a file: a model of timm is read by fsvfm.checkpoint.load_checkpoint"
         )
     path = Path(text).expanduser()
     if not path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fsvfm.checkpoint import encoder_state, load_backbone, load_checkpoint, normalisation, write_published
+from fsvfm.checkpoint import Checkpoint, encoder_state, load_backbone, load_checkpoint, normalisation, write_published
 from fsvfm.errors import CheckpointError
 from fsvfm.exports import plain, read_meta, save_export, validate_meta
 from fsvfm.loading import load_into, resize_pos_embed
@@ -378,6 +379,24 @@ def test_released_detector_is_fake_first(tmp_path: Path) -> None:
     assert same(loaded.state, state)
 
 
+def test_cls_pooling_is_stored_and_read_off_released_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tune = {"name": "full", "pool": "cls"}
+    network, images = build_detector(VIT, tune, ["fake", "real"]).eval(), torch.randn(4, 3, 16, 16)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    feature, tokens = network.features(images)
+    torch.testing.assert_close(feature, tokens[:, 0])  # the norm is part of the backbone then
+    state = network.state_dict()
+    save_export(tmp_path / "export", state, {**detector_meta(order=("fake", "real")), "tune": tune})
+    torch.save({"model": to_published(state, "finetuned")}, tmp_path / "released.pth")
+    for source in ("export", "released.pth"):
+        loaded = load_checkpoint(tmp_path / source, heads=2)
+        again = build_detector(loaded.meta["model"], loaded.meta["tune"], loaded.meta["class_order"]).eval()
+        assert load_into(again, loaded.state).missing == ()
+        torch.testing.assert_close(again.scores(images), network.scores(images), rtol=0, atol=0)
+
+
 def fas_container(tune: str, *, spare_head: bool = False) -> dict[str, Any]:
     ours = detector(tune, ("fake", "real"), "antispoof").state_dict()
     state = to_published(ours, "fas_adapter" if tune == "adapter" else "fas")
@@ -498,12 +517,39 @@ def test_unexplained_keys_are_an_error_and_change_nothing(pretrained: Path) -> N
     assert same(before, backbone.state_dict())
 
 
-def test_another_architecture_is_named_readably(pretrained: Path) -> None:
-    loaded = load_checkpoint(pretrained)
-    with pytest.raises(CheckpointError, match=r"cls_token is \(1, 1, 8\) in the checkpoint, \(1, 1, 16\) in the model"):
-        load_backbone(create_backbone(ViTConfig("x", 4, 16, 3, 2, 16)), loaded)
-    with pytest.raises(CheckpointError, match=r"blocks\.3…5\.\* \(36 keys\)"):
-        load_backbone(create_backbone(ViTConfig("x", 4, 8, 6, 2, 16)), loaded)
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (ViTConfig("x", 4, 16, 3, 2, 16), "model.dim=8"),
+        (ViTConfig("x", 4, 8, 6, 2, 16), "model.depth=3"),
+        (ViTConfig("x", 8, 8, 3, 2, 16), "model.patch_size=4"),
+        (ViTConfig("x", 4, 8, 3, 4, 16), "model.heads=2"),  # leaves no trace in the tensors' shapes
+    ],
+)
+def test_another_architecture_says_which_settings_fit(pretrained: Path, config: ViTConfig, settings: str) -> None:
+    backbone = create_backbone(config)
+    before = copy.deepcopy(backbone.state_dict())
+    with pytest.raises(
+        CheckpointError, match=rf"pretrained holds a ViT \(patch 4, width 8, 3 bl(.|\n)*give {settings},"
+    ):
+        load_backbone(backbone, load_checkpoint(pretrained))
+    assert same(before, backbone.state_dict())
+
+
+def test_another_size_is_called_by_its_name() -> None:
+    sizes = {name: ViTConfig.from_mapping({"name": name}) for name in ("vit_base", "vit_large")}
+    with torch.device("meta"):
+        networks = {name: create_backbone(config) for name, config in sizes.items()}
+    state = {f"encoder.{key}": tensor for key, tensor in networks["vit_large"].state_dict().items()}
+    meta = {"kind": "encoder", "task": "pretrain", "model": dataclasses.asdict(sizes["vit_large"]), **STATS}
+    large = Checkpoint("encoder", state, validate_meta(meta), "runs/pretrain_vitl/export")
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(networks["vit_base"], large)
+    words = (
+        "runs/pretrain_vitl/export holds vit_large (patch 16, width 1024, 24 blocks, 16 heads)",
+        "is vit_base (patch 16, width 768, 12 blocks, 12 heads)", "give model=vit_large, or another checkpoint",
+    )  # fmt: skip
+    assert all(text in str(caught.value) for text in words)
 
 
 @pytest.mark.parametrize("which", ["online", "target"])

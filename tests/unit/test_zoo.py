@@ -171,7 +171,7 @@ def test_several_or_no_files_are_explained() -> None:
     ("source", "message"),
     [
         ("hf://owner-only", "hf://<owner>/<repository>/<file>"),
-        ("timm:vit_base", "not supported"),
+        ("timm:vit_base", "load_checkpoint"),
         ("fsvfm_vitb", "zoo:fsvfm_vitb"),
         ("/no/such/file.pth", "no checkpoint at"),
         ("zoo:fsvfm_vitb/part", "single file"),
@@ -185,13 +185,15 @@ def test_sources_that_are_none(source: str, message: str) -> None:
 def test_local_exports_are_listed_and_others_are_not(tmp_path: Path) -> None:
     meta = {
         "model": {"name": "vit_tiny"}, "task": "forgery", "kind": "detector", "mean": [0.5] * 3, "std": [0.2] * 3,
-        "class_order": ["real", "fake"], "provenance": {"epoch": 9},
+        "class_order": ["real", "fake"], "provenance": {"epoch": 9}, "tune": {"name": "lora"},
     }  # fmt: skip
     for name, content in (("a/export", meta), ("b", {"other": "program"}), ("c", [1])):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "model.json").write_text(json.dumps(content))
     (entry,) = zoo.local_exports(tmp_path / "runs")
     assert (entry.size, entry.epochs, entry.class_order) == ("vit_tiny", 9, ("real", "fake"))
+    assert entry.tuning == "forgery, lora"
+    assert (zoo.find("fsvfm_vitb").tuning, zoo.find("fsvfm_vitb_dfd_adapter").tuning) == ("pretrain", "DfD, adapter")
     assert Path(entry.name) == tmp_path / "runs" / "a" / "export"
     assert zoo.list_zoo("*", tmp_path / "runs")[-1] == entry
     assert zoo.local_exports(tmp_path / "absent") == []

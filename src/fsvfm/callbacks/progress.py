@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -38,9 +39,10 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar at the step the run resumes from."""
-        self.total = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
-        if trainer.max_steps and trainer.max_steps > 0:
-            self.total = min(self.total, trainer.max_steps * trainer.accumulate_grad_batches)
+        per_epoch = int(trainer.num_training_batches)
+        limits = [per_epoch * (trainer.max_epochs or 1), (trainer.max_steps or -1) * trainer.accumulate_grad_batches]
+        self.total = min(limit for limit in limits if limit > 0)  # Lightning refuses a run without any limit
+        self.epochs = math.ceil(self.total / per_epoch)
         self.first = trainer.current_epoch * int(trainer.num_training_batches)
         self.started = self.printed = time.monotonic()
         if self._enabled and sys.stderr.isatty():
@@ -68,7 +70,7 @@ class RunProgress(ProgressBar):
         self.printed = now
         metrics = trainer.callback_metrics
         loss = metrics.get("train/loss_step", metrics.get("train/loss"))
-        note = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        note = f"epoch {trainer.current_epoch + 1}/{self.epochs}"
         note += f"  loss {float(loss):.4f}" if isinstance(loss, Tensor) else ""
         if self._bar:
             self._bar.update(self._task, completed=done, note=note)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset, default_collate
 
 from fsvfm.data.manifest import Manifest
 from fsvfm.data.sampling import Draw
+from fsvfm.data.storage import read_image
 from fsvfm.data.transforms import ImageTransform, crop_and_flip, resize
 from fsvfm.errors import DataError
 from fsvfm.faces.images import load_labels
@@ -20,19 +20,6 @@ from fsvfm.regions import region_grid
 
 #: How many neighbours are tried in place of an unreadable file before giving up.
 _SUBSTITUTES = 16
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Decode a prepared image file to (H, W, 3) uint8 RGB.
-
-    Raises:
-        DataError: the file is absent or not a decodable image.
-    """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        state = "is not a readable image" if Path(path).is_file() else "does not exist"
-        raise DataError(f"{path} {state}; run the recipe again with verify=true, or remove its row from the manifest")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 class _Rows(Dataset[dict[str, Any]]):
@@ -141,13 +128,17 @@ class PretrainFaces(_Rows):
 class LabelledFaces(_Rows):
     """Faces with labels for detectors.
 
-    Sample: ``image`` (3, S, S) uint8 tensor, ``label`` 0 (real) or 1 (fake), ``index``, ``unreadable``.
+    Sample: ``image`` (3, S, S) uint8 tensor, ``label`` 0 (real) or 1 (fake), ``video`` and ``domain``: numbers of the
+    video and of the data set among those of this selection, ``index``, ``unreadable``.
     """
 
     def __init__(self, manifest: Manifest, transform: ImageTransform) -> None:
         super().__init__(manifest)
         self.transform = transform
-        self.labels = manifest.table["label"].to_numpy(dtype=np.int64)
+        table = manifest.table
+        self.labels = table["label"].to_numpy(dtype=np.int64)
+        self.domains = table["dataset"].factorize()[0]
+        self.videos = table.groupby(["dataset", "video"], sort=False).ngroup().to_numpy()
 
     def load(self, index: int, seed: int) -> dict[str, Any]:
         """One augmented face with its label."""
@@ -159,6 +150,8 @@ class LabelledFaces(_Rows):
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
             "label": int(self.labels[index]),
+            "video": int(self.videos[index]),
+            "domain": int(self.domains[index]),
         }
 
 

@@ -7,7 +7,7 @@ sees exactly what the uninterrupted run would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +28,42 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence([part & 0xFFFFFFFF for part in parts]).generate_state(1, np.uint64)[0] >> 1)
 
 
-class EpochSampler(Sampler[list[Draw]]):
+class ResumableSampler(Sampler[list[Draw]]):
     """Batches of :class:`Draw` for one process of a distributed run; used as a DataLoader's ``batch_sampler``.
+
+    Sub-classes say how many batches an epoch has (``__len__``) and what they are (:meth:`batches`), as a function of
+    their arguments and the epoch alone.
+    """
+
+    def __init__(self, *, seed: int, rank: int, world_size: int) -> None:
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch = 0
+        self.start = 0
+        # Lightning looks for `batch_sampler.sampler.set_epoch`.
+        self.sampler = self
+
+    def set_epoch(self, epoch: int, start: int | None = None) -> None:
+        """Choose the epoch; ``start`` is the first batch to yield (kept when the epoch stays the same)."""
+        if start is not None:
+            self.start = start
+        elif epoch != self.epoch:
+            self.start = 0
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batches(self, epoch: int, start: int) -> Iterator[list[Draw]]:
+        """Batches of an epoch for this process, from number ``start`` on."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        # Epoch and start are fixed here, not at the first `next`: loaders may prefetch before the epoch is announced.
+        return self.batches(self.epoch, self.start)
+
+
+class EpochSampler(ResumableSampler):
+    """Every row once per epoch.
 
     Each epoch is one permutation of all rows, dealt to the processes batch by batch; what does not fill a batch on
     every process is left out of that epoch (another permutation, so other rows, next time). Static batch shapes keep
@@ -47,36 +81,87 @@ class EpochSampler(Sampler[list[Draw]]):
     """
 
     def __init__(self, length: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(seed=seed, rank=rank, world_size=world_size)
         if length < batch_size * world_size:
             raise DataError(
                 f"the training set has {length} images, fewer than one batch of {batch_size} for each of "
                 f"{world_size} process(es); lower data.batch_size to at most {length // world_size} or add data"
             )
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-        self.start = 0
-        # Lightning looks for `batch_sampler.sampler.set_epoch`.
-        self.sampler = self
-
-    def set_epoch(self, epoch: int, start: int | None = None) -> None:
-        """Choose the epoch; ``start`` is the first batch to yield (kept when the epoch stays the same)."""
-        if start is not None:
-            self.start = start
-        elif epoch != self.epoch:
-            self.start = 0
-        self.epoch = epoch
+        self.length, self.batch_size = length, batch_size
 
     def __len__(self) -> int:
         return self.length // (self.batch_size * self.world_size)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        # Everything is fixed here, not at the first `next`: loaders may prefetch before the epoch is announced.
-        order = np.random.default_rng(derive_seed(self.seed, self.epoch)).permutation(self.length)
+    def batches(self, epoch: int, start: int) -> Iterator[list[Draw]]:
+        """Consecutive pieces of the epoch's permutation."""
+        order = np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.length)
         per_step = self.batch_size * self.world_size
-        epoch = self.epoch
-        batches = (
-            order[step * per_step + self.rank * self.batch_size :][: self.batch_size]
-            for step in range(self.start, len(self))
-        )
-        return ([Draw(int(i), derive_seed(self.seed, epoch, int(i))) for i in batch] for batch in batches)
+        for step in range(start, len(self)):
+            rows = order[step * per_step + self.rank * self.batch_size :][: self.batch_size]
+            yield [Draw(int(i), derive_seed(self.seed, epoch, int(i))) for i in rows]
+
+
+class BalancedSampler(ResumableSampler):
+    """The same number of rows of every stream in every batch, whatever the streams' sizes (FS-VFM, anti-spoofing).
+
+    A stream (one class of one source domain) is an endless concatenation of permutations of its rows: element k is
+    ``permutation(seed, stream, k // n)[k % n]`` for n rows. Batch t holds the elements ``t · size`` to
+    ``(t + 1) · size − 1`` of every stream, so small domains come round more often than large ones, each at its own
+    pace, and none loses a row. Any batch can be computed without those before it. Process r of w takes the r-th of w
+    equal pieces of every stream's block: together they are the batch of a single process.
+
+    Args:
+        streams: rows of the data set, one array for each stream.
+        size: rows of each stream in a batch, over all processes.
+        batches_per_epoch: length of an epoch; the next one goes on where this one ends.
+        seed: of the permutations and augmentations.
+        rank: index of this process.
+        world_size: number of processes.
+
+    Raises:
+        DataError: an empty stream, or a size that the processes cannot share equally.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[np.ndarray],
+        size: int,
+        batches_per_epoch: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(seed=seed, rank=rank, world_size=world_size)
+        empty = [number for number, rows in enumerate(streams) if len(rows) == 0]
+        if empty or not streams:
+            raise DataError(
+                f"no row to draw from in stream(s) {empty or 'none was given'}; each batch needs all of them"
+            )
+        if size < 1 or size % world_size:
+            raise DataError(
+                f"{size} images of every class and domain cannot be shared equally by {world_size} processes; choose a "
+                "number of devices that divides data.batch_size, or another data.batch_size"
+            )
+        self.streams = [np.asarray(rows) for rows in streams]
+        self.size, self.batches_per_epoch = size, batches_per_epoch
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch
+
+    def element(self, stream: int, k: int) -> Draw:
+        """The k-th row of a stream, and the seed of this occurrence's augmentation."""
+        rows = self.streams[stream]
+        cycle, place = divmod(k, len(rows))
+        if self._orders.get(stream, (-1,))[0] != cycle:  # kept while it lasts; it follows from its number alone
+            order = np.random.default_rng(derive_seed(self.seed, stream, cycle)).permutation(rows)
+            self._orders[stream] = (cycle, order)
+        return Draw(int(self._orders[stream][1][place]), derive_seed(self.seed, stream, k, 1))
+
+    def batches(self, epoch: int, start: int) -> Iterator[list[Draw]]:
+        """The piece of every stream's block that this process takes, stream after stream."""
+        share = self.size // self.world_size
+        for t in range(epoch * len(self) + start, (epoch + 1) * len(self)):
+            first = t * self.size + self.rank * share
+            yield [self.element(stream, first + j) for stream in range(len(self.streams)) for j in range(share)]

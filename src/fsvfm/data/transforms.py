@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN
@@ -35,22 +37,37 @@ def test_transform(size: int) -> ImageTransform:
 test_transform.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
 
 
+def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    """Multiply the saturation (HSV) of an (H, W, 3) uint8 image by ``factor``, at most to 1; hue and value stay."""
+    hsv = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)
+    hsv[..., 1] = np.minimum(hsv[..., 1] * factor, 1)
+    return np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * 255).astype(np.uint8)
+
+
 def train_transform(
-    size: int, *, crop_scale: tuple[float, float], flip: float, rand_augment: str | None
+    size: int,
+    *,
+    crop_scale: tuple[float, float] | None,
+    flip: float,
+    rand_augment: str | None,
+    saturation: tuple[float, float] | None = None,
 ) -> ImageTransform:
-    """Training augmentation of the detectors: random resized crop, flip, RandAugment (FSFM, fine-tuning recipe).
+    """Training augmentation of the detectors: saturation, random resized crop, flip, RandAugment (02 §4).
 
     Draws from Python's, NumPy's and torch's global generators; the data set seeds them per sample.
 
     Args:
         size: output side in pixels.
-        crop_scale: area of the random crop as a share of the image, (low, high].
+        crop_scale: area of the random crop as a share of the image, (low, high]; None resizes the whole image.
         flip: probability of a horizontal flip.
         rand_augment: timm's RandAugment string, for example ``rand-m9-mstd0.5-inc1``; None leaves it out. Uncovered
             corners are filled with ImageNet's mean colour, as in the published recipes.
+        saturation: for every second image, multiply the saturation by a factor drawn from [low, high]; None never does.
     """
     steps: list[Any] = [
-        RandomResizedCropAndInterpolation(size, scale=tuple(crop_scale), interpolation="bicubic"),
+        RandomResizedCropAndInterpolation(size, scale=tuple(crop_scale), interpolation="bicubic")
+        if crop_scale
+        else tv.Resize((size, size), tv.InterpolationMode.BICUBIC),
         tv.RandomHorizontalFlip(flip),
     ]
     if rand_augment:
@@ -59,6 +76,8 @@ def train_transform(
     compose = tv.Compose(steps)
 
     def apply(image: np.ndarray) -> np.ndarray:
+        if saturation and random.random() < 0.5:
+            image = scale_saturation(image, random.uniform(*saturation))
         return np.asarray(compose(Image.fromarray(image)))
 
     return apply

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fsvfm.errors import ConfigError
 from fsvfm.models.heads import AdapterHead, DetectorOutput, FASHead, LinearHead
+from fsvfm.models.lora import add_lora, is_lora_dropout
 from fsvfm.models.vit import ViTConfig, create_backbone
 
-#: Ways of tuning that exist; all but ``full`` freeze the backbone.
-TUNES = ("full", "adapter", "linear")
+#: Ways of tuning that exist; all but ``full`` freeze the backbone's weights.
+TUNES = ("full", "adapter", "linear", "lora")
 
 #: Tasks by name of their head.
 TASKS = ("forgery", "antispoof")
@@ -24,15 +25,16 @@ TASKS = ("forgery", "antispoof")
 class Detector(nn.Module):
     """Backbone, pooled feature, head.
 
-    A frozen backbone (``fc_norm`` and the position embedding included) has no trainable parameter and stays in
-    evaluation mode in training, except for drop-path if ``frozen_drop_path`` is set: the papers' numbers come from
-    code that leaves it active under FS-Adapter, where it is an augmentation of the features.
+    A frozen backbone (``fc_norm`` and the position embedding included) has no trainable parameter, low-rank updates
+    aside, and stays in evaluation mode in training, except for the updates' dropout, and for drop-path if
+    ``frozen_drop_path`` is set: the papers' numbers come from code that leaves it active under FS-Adapter, where it is
+    an augmentation of the features.
 
     Args:
         backbone: timm ViT without classifier.
         head: maps (feature (B, dim), tokens (B, 1 + L, dim)) to :class:`DetectorOutput`.
         class_order: what logit i stands for, a permutation of ``real`` and ``fake``.
-        frozen: train the head only.
+        frozen: train the head, and low-rank updates that are added to the backbone later, only.
         frozen_drop_path: with ``frozen``, keep the backbone's drop-path active in training.
     """
 
@@ -56,14 +58,13 @@ class Detector(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Detector:
-        """Training mode, of which a frozen backbone takes part with its drop-path at most."""
+        """Training mode, in which a frozen backbone takes part with drop-path and its updates' dropout at most."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
-            if mode and self.frozen_drop_path:
-                for module in self.backbone.modules():
-                    if isinstance(module, DropPath):
-                        module.train()
+            for name, module in self.backbone.named_modules():
+                if is_lora_dropout(name) or (self.frozen_drop_path and isinstance(module, DropPath)):
+                    module.train(mode)
         return self
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,9 +97,11 @@ def build_detector(
 
     Args:
         model: a :class:`ViTConfig`, or a mapping with its fields (a ``configs/model`` file, the ``model`` of a
-            ``model.json``) and optionally ``pool`` and ``grad_checkpointing``.
-        tune: ``name`` (full, adapter, linear), ``drop_path`` (rate of the backbone's stochastic depth),
-            ``frozen_drop_path`` (keep it active in a frozen backbone), ``reduction`` (of the adapter).
+            ``model.json``) and optionally ``grad_checkpointing``.
+        tune: ``name`` (full, adapter, linear, lora), ``pool`` (avg: mean of the patch tokens; cls), ``drop_path`` (rate
+            of the backbone's stochastic depth), ``frozen_drop_path`` (keep it active in a frozen backbone),
+            ``reduction`` (of the adapter), ``lora`` (arguments of :func:`~fsvfm.models.lora.add_lora`) and ``merged``
+            (a checkpoint whose low-rank updates are part of its weights: nothing is added).
         class_order: what logit i stands for, ``["real", "fake"]`` for detectors trained here.
         task: ``forgery`` or ``antispoof``, which decides the head.
         quirk: see :class:`~fsvfm.models.heads.FASHead`; anti-spoofing only.
@@ -114,12 +117,12 @@ def build_detector(
     if quirk and task != "antispoof":
         raise ConfigError("the token-norm quirk exists for task=antispoof only; turn it off")
     config = model if isinstance(model, ViTConfig) else ViTConfig.from_mapping(model)
-    options = (
-        {} if isinstance(model, ViTConfig) else {k: model[k] for k in ("pool", "grad_checkpointing") if k in model}
+    backbone = create_backbone(
+        config,
+        drop_path=float(tune.get("drop_path") or 0.0),
+        pool=tune.get("pool", "avg"),
+        grad_checkpointing=not isinstance(model, ViTConfig) and bool(model.get("grad_checkpointing", False)),
     )
-    frozen = name != "full"
-    keep_drop_path = bool(tune.get("frozen_drop_path", False))
-    backbone = create_backbone(config, drop_path=float(tune.get("drop_path") or 0.0), **options)
     reduction = int(tune.get("reduction", 4)) if name == "adapter" else None
     head: nn.Module
     if task == "antispoof":
@@ -128,7 +131,14 @@ def build_detector(
         head = AdapterHead(config.dim, reduction=reduction)
     else:
         head = LinearHead(config.dim)
-    return Detector(backbone, head, class_order, frozen=frozen, frozen_drop_path=keep_drop_path)
+    keep_drop_path = bool(tune.get("frozen_drop_path", False))
+    detector = Detector(backbone, head, class_order, frozen=name != "full", frozen_drop_path=keep_drop_path)
+    if name == "lora" and not tune.get("merged", False):
+        if not tune.get("lora"):
+            raise ConfigError("tune=lora needs tune.lora with rank, alpha, dropout and targets (see configs/tune)")
+        add_lora(backbone, **tune["lora"])
+        detector.train(detector.training)
+    return detector
 
 
 def check_class_order(class_order: Sequence[str]) -> tuple[str, ...]:

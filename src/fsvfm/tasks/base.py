@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -18,8 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fsvfm.data.sampling import derive_seed
+from fsvfm.errors import ConfigError
 from fsvfm.optim import build_adamw, scale_lr
 from fsvfm.schedule import warmup_cosine
+
+#: What the ``optim`` group may choose. Adam takes the weight decay as part of the gradient, AdamW does not.
+OPTIM_CHOICES = {"optimizer": ("adamw", "adam"), "schedule": ("warmup_cosine", "constant")}
 
 
 class BaseTask(pl.LightningModule):
@@ -30,9 +35,12 @@ class BaseTask(pl.LightningModule):
     Args:
         mean: per-channel mean of the pre-training set, pixels in [0, 1].
         std: per-channel standard deviation of the same.
-        optim: ``base_lr`` (per 256 images), ``min_lr``, ``betas``, ``weight_decay``, ``warmup_epochs``, and, for
-            fine-tuning, ``layer_decay``.
+        optim: values of the ``optim`` group: ``optimizer`` (adamw or adam), ``base_lr`` (per 256 images if
+            ``scale_lr``, else as it is), ``schedule`` (warmup_cosine or constant), ``betas``, ``weight_decay`` …
         seed: of everything random in a step.
+
+    Raises:
+        ConfigError: an optimiser or schedule that does not exist.
     """
 
     mean: Tensor
@@ -40,6 +48,9 @@ class BaseTask(pl.LightningModule):
 
     def __init__(self, *, mean: list[float], std: list[float], optim: dict[str, Any], seed: int) -> None:
         super().__init__()
+        for key, known in OPTIM_CHOICES.items():
+            if optim[key] not in known:
+                raise ConfigError(f"optim.{key}={optim[key]!r} does not exist; choose one of {', '.join(known)}")
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.optim, self.seed = dict(optim), seed
@@ -85,11 +96,28 @@ class BaseTask(pl.LightningModule):
         return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def configure_optimizers(self) -> Any:
-        """Fused AdamW with linear scaling, and a warm-up cosine schedule evaluated at every step's fractional epoch."""
+        """The optimiser and the per-step schedule that the ``optim`` group describes."""
         optim = self.optim
-        peak = scale_lr(optim["base_lr"], self.effective_batch)
-        # Fused: it reads `found_inf` on the device, so a non-finite step is skipped without waiting for the host.
-        optimizer = build_adamw(self.parameter_groups(), peak, betas=tuple(optim["betas"]), fused=True)
+        peak = scale_lr(optim["base_lr"], self.effective_batch) if optim["scale_lr"] else float(optim["base_lr"])
+        optimizer = build_adamw(
+            self.parameter_groups(),
+            peak,
+            betas=tuple(optim["betas"]),
+            decoupled=optim["optimizer"] == "adamw",
+            # It reads `found_inf` on the device, so a non-finite step is skipped without waiting for the host.
+            fused=True,
+        )
+        scheduler = LambdaLR(optimizer, self.schedule_factor(peak))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def schedule_factor(self, peak: float) -> Callable[[int], float]:
+        """From the number of an optimisation step to its share of the peak learning rate.
+
+        The warm-up cosine spans the whole training and is evaluated at every step's fractional epoch.
+        """
+        optim = self.optim
+        if optim["schedule"] == "constant":
+            return lambda step: 1.0
         total_steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         epochs = total_steps / steps_per_epoch
@@ -105,7 +133,7 @@ class BaseTask(pl.LightningModule):
             )
             return lr / peak
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        return factor
 
     # --- non-finite steps -------------------------------------------------------------------------------------------
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC
 
 from fsvfm.checkpoint import Checkpoint, load_backbone
@@ -23,11 +24,12 @@ CLASS_ORDER = ("real", "fake")
 
 
 class ForgeryResult(NamedTuple):
-    """One batch: total loss, its parts (scalars) and P(fake) (B,)."""
+    """One batch: total loss, its parts (scalars), P(fake) (B,) and every image's classification loss (B,)."""
 
     loss: Tensor
     parts: dict[str, Tensor]
     scores: Tensor
+    losses: Tensor
 
 
 class ForgeryTask(BaseTask):
@@ -45,6 +47,9 @@ class ForgeryTask(BaseTask):
         seed: of initialisation, mixup and drop path.
     """
 
+    #: Name of the task, which decides the head.
+    name: ClassVar[str] = "forgery"
+
     def __init__(
         self,
         *,
@@ -60,7 +65,8 @@ class ForgeryTask(BaseTask):
         super().__init__(mean=mean, std=std, optim=optim, seed=seed)
         self.save_hyperparameters()
         self.tune, self.augment, self.class_order = dict(tune), dict(augment), list(class_order)
-        self.detector = build_detector(model, tune, class_order, task="forgery")
+        quirk = bool(tune.get("quirk", False))
+        self.detector = build_detector(model, tune, class_order, task=self.name, quirk=quirk)
         if tune["contrast_weight"] and tune["name"] != "adapter":
             raise ConfigError(
                 f"tune.contrast_weight={tune['contrast_weight']} needs the adapter's projection; use tune=adapter or 0"
@@ -77,7 +83,12 @@ class ForgeryTask(BaseTask):
             if mixes
             else None
         )
-        self.val_auc = BinaryAUROC()
+        self.val_auc: Metric = BinaryAUROC()
+
+    @property
+    def exported(self) -> str:
+        """The checkpoint that the run exports: the one with the lowest validation loss."""
+        return "best"
 
     def initialise(self, checkpoint: Checkpoint) -> str:
         """Start the backbone from a pre-trained encoder (the online network's), or take over a whole detector.
@@ -111,7 +122,8 @@ class ForgeryTask(BaseTask):
                 soft = soft * (1 - smoothing) + smoothing / 2
         logits, projection = self.detector(images)
         logits = logits.float()
-        parts = {"classification": torch.sum(-soft * F.log_softmax(logits, dim=-1), dim=-1).mean()}
+        losses = torch.sum(-soft * F.log_softmax(logits, dim=-1), dim=-1)
+        parts = {"classification": losses.mean()}
         loss = parts["classification"]
         if augment and self.tune["contrast_weight"] and projection is not None:
             # Labels as they were before mixing (02 §3).
@@ -123,7 +135,7 @@ class ForgeryTask(BaseTask):
                 base_temperature=self.tune["contrast_base_temperature"],
             )
             loss = loss + self.tune["contrast_weight"] * parts["contrast"]
-        return ForgeryResult(loss, parts, fake_probability(logits.detach(), self.class_order))
+        return ForgeryResult(loss, parts, fake_probability(logits.detach(), self.class_order), losses.detach())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch."""

@@ -73,6 +73,11 @@ class PretrainTask(BaseTask):
         for part in (self.online.representation_decoder, self.online.projector, self.online.predictor):
             part.requires_grad_(self.discriminates)
 
+    @property
+    def exported(self) -> str:
+        """The checkpoint that the run exports: the last one."""
+        return "last"
+
     def initialise(self, checkpoint: Checkpoint) -> str:
         """Continue from a pre-training checkpoint (both networks); without a target, the target becomes a copy.
 

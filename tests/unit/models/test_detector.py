@@ -152,8 +152,8 @@ def test_class_order_is_never_guessed(order):
 
 
 def test_bad_requests_are_named():
-    with pytest.raises(ConfigError, match=r"tune='lora'.*full, adapter, linear"):
-        build_detector(TINY, {"name": "lora"}, ORDER)
+    with pytest.raises(ConfigError, match=r"tune='prompt'.*full, adapter, linear, lora"):
+        build_detector(TINY, {"name": "prompt"}, ORDER)
     with pytest.raises(ConfigError, match="task='segmentation'"):
         build_detector(TINY, TUNES["full"], ORDER, task="segmentation")
     with pytest.raises(ConfigError, match="antispoof only"):
