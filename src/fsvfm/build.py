@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import shlex
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +18,41 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from fsvfm.cli import say
-from fsvfm.errors import ConfigError
+from fsvfm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+    from fsvfm.data.manifest import Manifest
 
 #: Keys of the ``data`` group that describe the data set; all others are arguments of the data module.
 DATA_FACTS = ("name", "prepare", "mean", "std")
 STEPS = ("fit", "test")
 
+#: Beginnings of checkpoint names that are no local paths.
+REMOTE = ("hf://", "zoo:", "timm:")
+
 
 def prepared(folder: str | Path) -> bool:
-    """Whether a manifest is there: a prepared folder, or a Parquet or CSV file."""
+    """Whether a manifest is there: a prepared folder, a Parquet or CSV file, or a folder in a published layout."""
     path = Path(folder).expanduser()
-    return path.is_file() or (path / "manifest.parquet").is_file() or (path / "manifest.csv").is_file()
+    if path.is_file() or (path / "manifest.parquet").is_file() or (path / "manifest.csv").is_file():
+        return True
+    from fsvfm.data import layouts  # with pandas, which most checks do without
+
+    return layouts.known(path)
+
+
+#: How to give a value that no experiment can know.
+_CHOICES = {
+    "data.target": "which data set is left out? choose target=M, C, I or O (MCIO), or target=W, CeFA or S (WCS)"
+}
 
 
 def _missing_values(cfg: DictConfig) -> list[str]:
     missing = sorted(OmegaConf.missing_keys(cfg))
-    return [f"{key} has no value; choose an experiment=… that sets it, or give {key}=…" for key in missing]
+    usual = "choose an experiment=… that sets it, or give {}=…"
+    return [f"{key} has no value; {_CHOICES.get(key, usual.format(key))}" for key in missing]
 
 
 def _data_problems(cfg: DictConfig) -> list[str]:
@@ -49,6 +67,49 @@ def _data_problems(cfg: DictConfig) -> list[str]:
             where = Path(path).expanduser().absolute()
             problems.append(f"data set {name}: no manifest in {where}; prepare it with\n      {how}")
     return list(dict.fromkeys(problems))
+
+
+def testset_rows(test: Mapping[str, Any]) -> Manifest:
+    """Rows of a test set as its configuration says: its split, all reals, and the fakes of its methods.
+
+    ``methods`` may hold shell patterns (``T2I/*``).
+
+    Raises:
+        DataError: not prepared, a pattern without a match, or only one class left.
+    """
+    from fsvfm.data.manifest import Manifest
+
+    if not prepared(test["manifest"]):
+        raise DataError(f"not prepared: no manifest in {Path(test['manifest']).absolute()}; run {test['prepare']}")
+    rows = Manifest.read(test["manifest"]).select(split=test["split"], datasets=test["datasets"])
+    if test["methods"] is not None:
+        there = sorted(rows.table.loc[rows.table["label"] == 1, "method"].unique())
+        chosen = []
+        for pattern in test["methods"]:
+            found = fnmatch.filter(there, pattern)
+            if not found:
+                raise DataError(f"no fake in {rows.source} has the method {pattern!r}; there are {', '.join(there)}")
+            chosen += found
+        rows = rows.select(methods=["real", *chosen])
+    rows.require_both_classes("testing")
+    return rows
+
+
+def _leak_problems(cfg: DictConfig) -> list[str]:
+    """Videos and people that would be trained on and tested on."""
+    if not {"fit", "test"} <= set(cfg.run):
+        return []
+    from fsvfm.data.manifest import Manifest, check_leaks
+
+    problems = []
+    trained_on = Manifest.concat([Manifest.read(path) for path in cfg.data.manifests])
+    for name, test in cfg.testsets.items():
+        try:
+            for warning in check_leaks(trained_on, testset_rows(test)):
+                say(f"warning: test set {name}: {warning}")
+        except DataError as error:
+            problems.append(f"test set {name}: {error}")
+    return problems
 
 
 def _cuda_devices() -> int:
@@ -87,17 +148,18 @@ def _value_problems(cfg: DictConfig) -> list[str]:
     if not 0 < cfg.masking.ratio < 1:
         problems.append(f"masking.ratio={cfg.masking.ratio}: expected a share between 0 and 1 (the papers use 0.75)")
     if cfg.optim.base_lr <= 0:
-        problems.append(f"optim.base_lr={cfg.optim.base_lr}: expected a positive learning rate per 256 images")
+        problems.append(f"optim.base_lr={cfg.optim.base_lr}: expected a positive learning rate")
     if cfg.data.batch_size < 1:
         problems.append(f"data.batch_size={cfg.data.batch_size}: expected at least 1")
     if cfg.augment.mixup and "ForgeryTask" in cfg.task._target_ and cfg.data.batch_size % 2:
         problems.append(f"data.batch_size={cfg.data.batch_size} must be even: mixup pairs the images of a batch")
     init = cfg.model.init
-    remote = init is not None and str(init).startswith(("hf://", "zoo:"))
+    remote = init is not None and str(init).startswith(REMOTE)
     if init is not None and not remote and not Path(str(init)).expanduser().exists():
         problems.append(
             f"model.init={init} does not exist; train it first (an experiment's export is <run folder>/export), give "
-            "hf://<repository>/<file> or zoo:<name> (`python -m fsvfm.export list`), or model.init=null for no init"
+            "hf://<repository>/<file>, zoo:<name> (`python -m fsvfm.export list`) or timm:<name>, or model.init=null "
+            "for no init"
         )
     return problems
 
@@ -111,6 +173,8 @@ def check(cfg: DictConfig) -> None:
     problems = _missing_values(cfg)
     if not problems:
         problems = _value_problems(cfg) + _data_problems(cfg) + _device_problems(cfg)
+    if not problems:
+        problems = _leak_problems(cfg)
     if problems:
         listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
         raise ConfigError(f"this run cannot start; {len(problems)} thing(s) to settle first:\n{listed}")
@@ -169,6 +233,8 @@ def build_task(cfg: DictConfig, data: pl.LightningDataModule) -> pl.LightningMod
 def _report_batch(cfg: DictConfig) -> None:
     devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else _cuda_devices() or 1
     effective = cfg.data.batch_size * devices * cfg.trainer.num_nodes * cfg.trainer.accumulate_grad_batches
+    if not cfg.optim.scale_lr:
+        return say(f"learning rate {cfg.optim.base_lr:g}, whatever the batch size")
     lr = cfg.optim.base_lr * effective / 256
     note = f"effective batch {effective}, peak learning rate {lr:.3g} (= {cfg.optim.base_lr:g} · {effective} / 256)"
     if cfg.optim.effective_batch and effective != cfg.optim.effective_batch:
@@ -187,6 +253,7 @@ def _quieten() -> None:
         ".*is smaller than the logging interval.*",
         ".*your dataloader is not resumable.*",  # it is: data.datamodules keeps the position
         ".*module(s) in eval mode at the start.*",  # a frozen backbone is meant to be
+        ".*Total length of `list` across ranks is zero.*",  # no validation, as asked
         ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
@@ -224,7 +291,7 @@ def checkpoints(cfg: DictConfig) -> dict[str, str]:
         chosen = {path.parent.name if path.name == "export" else path.stem: cfg.ckpt}
     else:
         chosen = {str(label): str(path) for label, path in cfg.ckpt.items()}
-    local = {label: path for label, path in chosen.items() if not path.startswith(("hf://", "zoo:"))}
+    local = {label: path for label, path in chosen.items() if not path.startswith(REMOTE)}
     absent = [f"  {label}: {path}" for label, path in local.items() if not Path(path).expanduser().exists()]
     if absent:
         listed = "\n".join(absent)
@@ -233,16 +300,15 @@ def checkpoints(cfg: DictConfig) -> dict[str, str]:
 
 
 def require_testsets(cfg: DictConfig) -> None:
-    """Raise ConfigError unless there are test sets and all of them are prepared."""
+    """Raise ConfigError unless there are test sets and at least one of them is prepared (others become gaps)."""
     tests = cfg.get("testsets") or {}
     if not tests:
-        raise ConfigError("there is nothing to test on: choose protocol=<name>, or an experiment that has one")
-    missing = [
-        f"  {name}: {test.manifest} — {test.prepare}" for name, test in tests.items() if not prepared(test.manifest)
-    ]
-    if missing:
-        listed = "\n".join(missing)
-        raise ConfigError(f"these test sets are not prepared:\n{listed}")
+        raise ConfigError(
+            "there is nothing to test on: choose protocol=<name>, testset=[<name>, …], or an experiment that has one"
+        )
+    if not any(prepared(test.manifest) for test in tests.values()):
+        listed = "\n".join(f"  {name}: {test.manifest} — {test.prepare}" for name, test in tests.items())
+        raise ConfigError(f"none of these test sets is prepared:\n{listed}")
 
 
 #: Settings that may change when a run is continued: they do not change what is computed.

@@ -30,6 +30,11 @@ def slug(base: object, overrides: object) -> str:
     return f"{text[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def suffix(value: object, default: object) -> str:
+    """``_value`` for a name that tells where a setting is not the default one; nothing where it is."""
+    return "" if value == default else f"_{value}"
+
+
 def cpu_precision() -> str:
     """``bf16-mixed`` where the processor multiplies bfloat16 in hardware (twice as fast there), else ``32-true``."""
     try:
@@ -40,6 +45,7 @@ def cpu_precision() -> str:
 
 
 OmegaConf.register_new_resolver("slug", slug, replace=True)
+OmegaConf.register_new_resolver("suffix", suffix, replace=True)
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 
 

@@ -1,34 +1,51 @@
-"""Scoring a detector on test sets: every sample once, scores kept, metrics from all samples."""
+"""Scoring a detector on test sets: every sample once, scores kept, metrics from all samples.
+
+A test set without a number is a gap with its reason; the others are evaluated all the same, and the command says at its
+end that something is missing.
+"""
 
 from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
+from torch.utils.data import Subset
 
-from fsvfm import build
+from fsvfm import build, processes
 from fsvfm.checkpoint import Checkpoint, load_checkpoint, normalisation
+from fsvfm.cli import say
+from fsvfm.data.corruptions import corrupt
 from fsvfm.data.datamodules import make_loader
 from fsvfm.data.datasets import LabelledFaces
-from fsvfm.data.manifest import Manifest
+from fsvfm.data.manifest import Manifest, check_leaks
+from fsvfm.data.storage import read_image
 from fsvfm.data.transforms import test_transform
-from fsvfm.errors import CheckpointError, DataError
+from fsvfm.errors import CheckpointError, ConfigError, DataError, FsvfmError, MetricError
+from fsvfm.exports import save_export
 from fsvfm.loading import load_into
-from fsvfm.metrics.forgery import summarise
+from fsvfm.metrics import antispoof, calibration, forgery
 from fsvfm.models.detector import Detector, build_detector
-from fsvfm.report import percent, result_rows, write_tables
+from fsvfm.processes import Processes
+from fsvfm.report_tables import families, percent, result_rows, write_tables
 
 #: Columns of predictions.parquet besides ``run``, ``testset`` and ``score``.
 KEPT = ("path", "label", "method", "video", "subject", "frame", "dataset")
+
+#: Metrics of a corrupted test set.
+_ROBUSTNESS = ("auc", "eer", "hter")
+
+METRICS = {"forgery": forgery, "antispoof": antispoof}
 
 
 class LoadedDetector(NamedTuple):
@@ -44,11 +61,21 @@ class LoadedDetector(NamedTuple):
         """Side of the input in pixels."""
         return int(self.checkpoint.meta["model"]["image_size"])
 
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """Temperature and thresholds fitted on validation data, where the checkpoint has them."""
+        return self.checkpoint.meta.get("calibration")
+
     def score(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 images to P(fake), (B,) float32."""
+        """(B, 3, S, S) uint8 images to P(fake), (B,) float64: the logistic function of the difference of the logits.
+
+        Double precision keeps very sure scores apart, which float32 would round to 1.
+        """
         with torch.inference_mode():
             images = images.to(self.mean.device, non_blocking=True).float()
-            return self.network.scores((images - self.mean) / self.std)
+            logits = self.network((images - self.mean) / self.std).logits.double()
+            fake = self.network.class_order.index("fake")
+            return torch.sigmoid(logits[:, fake] - logits[:, 1 - fake])
 
 
 def load_detector_network(source: str, *, device: str | torch.device = "cpu") -> LoadedDetector:
@@ -60,7 +87,7 @@ def load_detector_network(source: str, *, device: str | torch.device = "cpu") ->
     checkpoint = load_checkpoint(source)
     if checkpoint.kind != "detector":
         raise CheckpointError(
-            f"{source} is a {checkpoint.kind} checkpoint, not a detector; fine-tune it first, for example "
+            f"{source} holds no detector (kind: {checkpoint.kind}); fine-tune it first, for example "
             f"`python -m fsvfm.train experiment=demo_dfd model.init={source}`"
         )
     meta = checkpoint.meta
@@ -71,36 +98,171 @@ def load_detector_network(source: str, *, device: str | torch.device = "cpu") ->
     return LoadedDetector(network.to(device).eval(), mean, std, checkpoint)
 
 
-def predict_manifest(
-    detector: LoadedDetector, manifest: Manifest, *, batch_size: int, workers: int, title: str
-) -> pd.DataFrame:
-    """Score every row of a manifest once.
+class CorruptedFaces(LabelledFaces):
+    """Every row under every corruption: sample ``v · N + i`` is row ``i`` under ``variants[v]``.
+
+    The corruption's seed follows from the image's path alone, so that no batch, worker or process changes it.
+    """
+
+    def __init__(self, manifest: Manifest, image_size: int, variants: Sequence[tuple[str, int]]) -> None:
+        super().__init__(manifest, test_transform(image_size))
+        self.variants = list(variants)
+        self.seeds = [zlib.crc32(path.encode()) for path in manifest.table["path"]]
+
+    def __len__(self) -> int:
+        return len(self.paths) * len(self.variants)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        variant, row = divmod(int(index), len(self.paths))
+        name, severity = self.variants[variant]
+        image = corrupt(read_image(self.paths[row]), name, severity, self.seeds[row])
+        pixels = torch.from_numpy(np.ascontiguousarray(self.transform(image).transpose(2, 0, 1)))
+        return {"image": pixels, "label": int(self.labels[row]), "index": int(index), "unreadable": []}
+
+
+def predict(
+    detector: LoadedDetector,
+    rows: LabelledFaces,
+    *,
+    batch_size: int,
+    workers: int,
+    title: str,
+    group: Processes | None = None,
+) -> np.ndarray | None:
+    """P(fake) of every sample of a data set, each scored once.
+
+    Args:
+        detector: on this process's device.
+        rows: samples with ``image`` (3, S, S) uint8 and ``unreadable``.
+        batch_size: images per forward pass.
+        workers: loader processes.
+        title: for the progress bar and messages.
+        group: the processes that share the work; None is this one alone.
 
     Returns:
-        The manifest's rows (columns :data:`KEPT`) with ``score`` = P(fake) as float64.
+        (N,) float64 on the first process, None on the others.
 
     Raises:
-        DataError: a file cannot be read; a test set with holes would not be the test set.
+        DataError: a file cannot be read on any process; a test set with holes would not be the test set.
+    """
+    group = group or Processes(0, 1, detector.mean.device)
+    mine = group.share(len(rows))
+    problem, scores = "", np.empty(0)
+    try:
+        loader = make_loader(Subset(rows, mine), workers=workers, batch_size=batch_size)  # type: ignore[arg-type]
+        parts: list[torch.Tensor] = []
+        for batch in track(loader, description=title, disable=group.rank > 0 or not sys.stderr.isatty()):
+            if batch["unreadable"]:
+                raise DataError(f"{title}: a test image cannot be read: {batch['unreadable'][0]}")
+            parts.append(detector.score(batch["image"]))
+        scores = torch.cat(parts).cpu().numpy() if parts else scores
+    except DataError as error:
+        problem = str(error)
+    # Problems are gathered too: a process that left early would let the others wait forever.
+    found = group.gather((problem, scores))
+    if not found:
+        return None
+    for text, _ in found:
+        if text:
+            raise DataError(text)
+    merged = np.empty(len(rows))
+    for rank, (_, part) in enumerate(found):
+        merged[rank :: group.world] = part
+    return merged
+
+
+def predict_manifest(
+    detector: LoadedDetector,
+    manifest: Manifest,
+    *,
+    batch_size: int,
+    workers: int,
+    title: str,
+    group: Processes | None = None,
+) -> pd.DataFrame | None:
+    """Score every row of a manifest once; see :func:`predict`.
+
+    Returns:
+        The manifest's rows (columns :data:`KEPT`, absolute paths) with ``score`` = P(fake), or None on other processes.
     """
     rows = LabelledFaces(manifest, test_transform(detector.image_size))
-    loader = make_loader(rows, workers=workers, batch_size=batch_size)
-    scores: list[torch.Tensor] = []
-    for batch in track(loader, description=title, disable=not sys.stderr.isatty()):
-        if batch["unreadable"]:
-            raise DataError(f"{title}: a test image cannot be read: {batch['unreadable'][0]}")
-        scores.append(detector.score(batch["image"]))
-    table = manifest.table[[*KEPT]].assign(path=manifest.paths())
-    table["score"] = torch.cat(scores).double().cpu().numpy()
-    return table
+    scores = predict(detector, rows, batch_size=batch_size, workers=workers, title=title, group=group)
+    return None if scores is None else _with_scores(manifest, scores)
 
 
-def _selection(test: Mapping[str, Any]) -> Manifest:
-    methods = None if test["methods"] is None else ["real", *test["methods"]]
-    return Manifest.read(test["manifest"]).select(split=test["split"], methods=methods)
+def _with_scores(manifest: Manifest, scores: np.ndarray) -> pd.DataFrame:
+    return manifest.table[[*KEPT]].assign(path=manifest.paths(), score=scores)
+
+
+# ---------------------------------------------------------------------------------------------------------- test sets
+
+
+def _training_rows(source: str, cfg: DictConfig) -> Manifest | None:
+    """What a checkpoint was trained on, as far as the run folder around it tells; None where it is not known."""
+    path = Path(source).expanduser()
+    folder = path if path.is_dir() else path.parent
+    files = [place / "config.yaml" for place in (folder, folder.parent)]
+    file = next((f for f in files if f.is_file()), None)
+    data = OmegaConf.load(file).get("data") if file else None
+    manifests = [p for p in (data or {}).get("manifests", []) if build.prepared(p)]
+    if not manifests:
+        return None
+    return Manifest.concat([Manifest.read(p) for p in manifests])
+
+
+def _clusters(table: pd.DataFrame) -> str:
+    """What the bootstrap draws: people where every sample shows one known person, else videos as in the papers.
+
+    Forgeries made from a person's own photograph rise and fall with it. Where a forgery is made of two people
+    (``000+003``) people overlap, and are no independent draws any more.
+    """
+    one = table["subject"].ne("").all() and not table["subject"].str.contains("+", regex=False).any()
+    return "subject" if one and table.groupby(["dataset", "video"])["subject"].nunique().max() == 1 else "video"
+
+
+def _calibrated(table: pd.DataFrame, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What the stored temperature and thresholds do on this test set."""
+    scores, labels = table["score"].to_numpy(), table["label"].to_numpy()
+    after = calibration.apply_temperature(scores, stored["temperature"])
+    errors = {
+        f"ece_{name}": {"value": calibration.expected_calibration_error(values, labels)}
+        for name, values in (("before", scores), ("after", after))
+    }
+    curves = {"before": calibration.reliability(scores, labels), "after": calibration.reliability(after, labels)}
+    return {
+        "calibration": {
+            **errors, "reliability": curves, "temperature": stored["temperature"], "source": stored["source"],
+        },
+        "operating": {
+            name: {"threshold": point["threshold"], **calibration.rates_at(after, labels, point["threshold"])}
+            for name, point in stored["thresholds"].items()
+        },
+    }  # fmt: skip
+
+
+def _robustness(
+    detector: LoadedDetector, rows: Manifest, cfg: DictConfig, title: str, group: Processes
+) -> dict[str, Any]:
+    """Frame-level metrics of the same rows under every corruption and severity."""
+    variants = [(name, level) for name in cfg.evaluate.corruptions for level in cfg.evaluate.severities]
+    faces = CorruptedFaces(rows, detector.image_size, variants)
+    options: dict[str, Any] = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.workers}
+    scores = predict(detector, faces, title=f"{title}, corrupted", group=group, **options)
+    if scores is None:
+        return {}
+    labels, clusters = rows.table["label"], rows.table["dataset"] + "/" + rows.table[_clusters(rows.table)]
+    bootstrap: dict[str, Any] = {"replicates": cfg.evaluate.replicates, "seed": cfg.seed}
+    curves: dict[str, Any] = {}
+    for (name, level), part in zip(variants, scores.reshape(len(variants), -1), strict=True):
+        metrics = METRICS[detector.checkpoint.meta["task"]].evaluate(part, labels, clusters, **bootstrap)["metrics"]
+        curves.setdefault(name, {})[str(level)] = {m: metrics[m] for m in _ROBUSTNESS if m in metrics}
+    return curves
 
 
 def evaluate(cfg: DictConfig, chosen: Mapping[str, str], out: Path) -> dict[str, Any]:
     """Evaluate checkpoints on the protocol's test sets; write predictions and tables.
+
+    All processes of a distributed run call this together; the first one computes metrics and writes.
 
     Args:
         cfg: composed configuration (``testsets``, ``evaluate``, ``ckpt`` …).
@@ -108,58 +270,168 @@ def evaluate(cfg: DictConfig, chosen: Mapping[str, str], out: Path) -> dict[str,
         out: folder for the results.
 
     Returns:
-        Results: label → test set → summary (:func:`fsvfm.metrics.forgery.summarise`).
+        Results: label → test set → summary (:func:`fsvfm.metrics.forgery.summarise` or, for anti-spoofing,
+        :func:`fsvfm.metrics.antispoof.summarise`; with ``calibration``, ``operating`` and ``robustness`` where there
+        are such), or ``{"gap": reason}``.
 
     Raises:
-        ConfigError: no test sets, or one that is not prepared.
+        ConfigError: no test sets, or a checkpoint of another task than the protocol's.
+        DataError: at the end, if a test set has no numbers; everything else is written.
     """
-    build.require_testsets(cfg)
-    folder = Path(out)
-    device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+    group = processes.join(cfg.trainer)
     results: dict[str, dict[str, Any]] = {}
-    predictions = []
+    predictions, notes = [], list[str]()
     for label, source in chosen.items():
-        detector = load_detector_network(source, device=device)
-        for name, test in cfg.testsets.items():
-            table = predict_manifest(
-                detector,
-                _selection(test),
-                batch_size=cfg.evaluate.batch_size,
-                workers=cfg.data.workers,
-                title=f"{label} on {name}",
+        detector = load_detector_network(source, device=group.device)
+        task = detector.checkpoint.meta["task"]
+        if cfg.protocol.task not in (None, task):
+            raise ConfigError(
+                f"{source} is a detector for {task}, but protocol={cfg.protocol.name} is about {cfg.protocol.task}; "
+                "choose a protocol of its task, or name test sets yourself with protocol=none testset=[…]"
             )
-            # Forgeries made from a test person's own photographs depend on it: draw people, not pictures.
-            cluster = "subject" if table["subject"].ne("").all() else "video"
-            summary = summarise(table, replicates=cfg.evaluate.replicates, seed=cfg.seed, cluster=cluster)
+        notes += _remarks(label, detector)
+        trained_on = _training_rows(source, cfg)
+        for name, test in cfg.testsets.items():
+            title = f"{label} on {name}"
+            try:
+                table, summary = _evaluate_one(cfg, detector, test, title, group, trained_on, notes)
+                if table is not None:
+                    predictions.append(table.assign(run=label, testset=name))
+            except (DataError, MetricError) as error:
+                summary = {"gap": str(error)}
             results.setdefault(label, {})[name] = summary
-            predictions.append(table.assign(run=label, testset=name))
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "predictions.parquet"
-    temporary = file.with_suffix(".tmp")
-    pd.concat(predictions, ignore_index=True).to_parquet(temporary, index=False)
-    temporary.replace(file)
-    write_tables(folder, results, made=_made(cfg, chosen))
-    _print(results, folder)
+    if group.rank:
+        return {}
+    _write(out, cfg, chosen, results, predictions, notes)
+    missing = [
+        f"  {run} on {name}: {s['gap']}" for run, sets in results.items() for name, s in sets.items() if "gap" in s
+    ]
+    if missing:
+        listed = "\n".join(missing)
+        raise DataError(f"{len(missing)} test set(s) have no numbers; the others are in {out}:\n{listed}")
     return results
 
 
-def _made(cfg: DictConfig, chosen: Mapping[str, str]) -> dict[str, Any]:
+def _evaluate_one(
+    cfg: DictConfig,
+    detector: LoadedDetector,
+    test: Mapping[str, Any],
+    title: str,
+    group: Processes,
+    trained_on: Manifest | None,
+    notes: list[str],
+) -> tuple[pd.DataFrame | None, dict[str, Any]]:
+    """Predictions and summary of one detector on one test set; nothing but on the first process."""
+    rows = build.testset_rows(test)
+    if trained_on is not None:
+        notes += [f"{title}: {text}" for text in check_leaks(trained_on, rows)]
+    options: dict[str, Any] = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.workers, "group": group}
+    table = predict_manifest(detector, rows, title=title, **options)
+
+    summary: dict[str, Any] = {}
+    problem: FsvfmError | None = None
+    if table is not None:
+        try:
+            summary = METRICS[detector.checkpoint.meta["task"]].summarise(
+                table, cluster=_clusters(table), replicates=cfg.evaluate.replicates, seed=cfg.seed
+            )
+            if detector.calibration:
+                summary |= _calibrated(table, detector.calibration)
+        except MetricError as error:
+            problem = error  # raised below: the other processes still expect this one at the corrupted images
+    if cfg.evaluate.corruptions:
+        summary["robustness"] = _robustness(detector, rows, cfg, title, group)
+    if problem is not None:
+        raise problem
+    return table, summary
+
+
+def _remarks(label: str, detector: LoadedDetector) -> list[str]:
+    """What a reader of the numbers has to know about a checkpoint."""
+    parameters = detector.checkpoint.meta.get("provenance", {}).get("hyper_parameters") or {}
+    remarks = []
+    if parameters.get("selection") == "target_best":
+        remarks.append(
+            f"{label}: selection=target_best — the iteration was chosen by its error on the target test set itself, as "
+            "in the published tables; such numbers are optimistic and only comparable with others chosen that way"
+        )
+    return remarks + [f"{label}: {note}" for note in detector.checkpoint.notes]
+
+
+def _write(
+    folder: Path,
+    cfg: DictConfig,
+    chosen: Mapping[str, str],
+    results: Mapping[str, Any],
+    predictions: Sequence[pd.DataFrame],
+    notes: Sequence[str],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if predictions:
+        file = folder / "predictions.parquet"
+        temporary = file.with_suffix(".tmp")
+        pd.concat(predictions, ignore_index=True).to_parquet(temporary, index=False)
+        temporary.replace(file)
     packages = ("fsvfm", "torch", "timm", "pytorch-lightning", "numpy")
-    return {
+    made = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoints": dict(chosen),
         "protocol": str(cfg.protocol.name),
+        "published": OmegaConf.to_container(cfg.protocol.published, resolve=True),
+        "notes": list(dict.fromkeys(notes)),
         "seed": cfg.seed,
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
+    write_tables(folder, results, made=made)
+    _print(results, folder)
+    for note in made["notes"]:
+        say(f"note: {note}")
 
 
 def _print(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    print(f"{'run':<20}{'test set':<16}{'AUC':>20}{'EER':>20}{'AP':>20}   (%, frame level, 95 % interval)")
-    rows = {(r["run"], r["testset"], r["metric"]): r for r in result_rows(results) if r["level"] == "frame"}
-    for run, sets in results.items():
-        for name in sets:
-            cells = "".join(f"{percent(rows[run, name, metric]):>20}" for metric in ("auc", "eer", "ap"))
-            print(f"{run:<20}{name:<16}{cells}")
+    """The headline metrics of every run and test set, video level where a video has several frames."""
+    rows = {(r["run"], r["testset"], r["level"], r["metric"]): r for r in result_rows(results)}
+    levels = dict.fromkeys(level for family in families(results) for level in family.levels)
+    for level in levels:
+        headline = [m for m in ("auc", "eer", "ap", "hter") if any(key[2:] == (level, m) for key in rows)]
+        print(f"{'run':<20}{'test set':<16}" + "".join(f"{m.upper():>20}" for m in headline) + f"   (%, {level} level)")
+        for run, sets in results.items():
+            for name in [*sets, "mean"] if len(sets) > 1 else sets:
+                cells = [rows.get((run, name, level, m)) for m in headline]
+                if any(cells):
+                    print(f"{run:<20}{name:<16}" + "".join(f"{percent(c) if c else '—':>20}" for c in cells))
     print(f"tables, scores and intervals: {folder}")
+
+
+# --------------------------------------------------------------------------------------------------------- calibration
+
+
+def calibrate_export(
+    folder: Path, rows: Manifest, *, source: str, conformal_alpha: float | None, batch_size: int, workers: int,
+    group: Processes | None = None,
+) -> None:  # fmt: skip
+    """Fit temperature and thresholds of an exported detector on validation rows and store them in the export.
+
+    Args:
+        folder: an export of ours; its ``model.json`` gets the entry ``calibration``.
+        rows: validation faces, never test faces.
+        source: what they are, in words; stored.
+        conformal_alpha: error rate of the split-conformal band, or None for no band.
+        batch_size: images per forward pass.
+        workers: loader processes.
+        group: the processes that share the work.
+
+    Raises:
+        DataError: an unreadable image.
+        MetricError: one class only, or scores that are not finite.
+    """
+    device = group.device if group else torch.device("cpu")
+    detector = load_detector_network(str(folder), device=device)
+    table = predict_manifest(detector, rows, batch_size=batch_size, workers=workers, title="calibration", group=group)
+    if table is None:
+        return
+    fitted = calibration.calibrate(
+        table["score"].to_numpy(), table["label"].to_numpy(), source=source, conformal_alpha=conformal_alpha
+    )
+    save_export(folder, detector.checkpoint.state, {**detector.checkpoint.meta, "calibration": fitted})

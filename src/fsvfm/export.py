@@ -59,6 +59,8 @@ def _check(cfg: DictConfig) -> None:
         problems += [f"{key}=… is missing" for key in ("ckpt", "out") if OmegaConf.is_missing(cfg, key)]
         if (cfg.mean is None) != (cfg.std is None):
             problems.append("mean and std belong together: give both or none")
+    if cfg.calibrate is not None and cfg.format != "export":
+        problems.append("calibrate=… is stored in our own export only: leave format=export")
     if problems:
         raise ConfigError(
             "\n  ".join(
@@ -105,6 +107,27 @@ def convert(cfg: DictConfig) -> None:
     else:
         written = write_published(values["out"], chosen)
     print("\n".join(f"wrote {path}" for path in written))
+    if values["calibrate"]:
+        calibrate(values)
+
+
+def calibrate(values: dict[str, Any]) -> None:
+    """Fit temperature and thresholds of the written export on the validation faces of a prepared data set."""
+    from pathlib import Path
+
+    from fsvfm.data.manifest import Manifest
+    from fsvfm.evaluation import calibrate_export
+
+    rows = Manifest.read(values["calibrate"]).select(split="val")
+    calibrate_export(
+        Path(values["out"]),
+        rows,
+        source=f"validation faces of {rows.source}",
+        conformal_alpha=values["conformal_alpha"],
+        batch_size=64,
+        workers=0,
+    )
+    print(f"calibrated on {len(rows)} validation faces of {rows.source}")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://fsvfm.configs", config_name="export")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -45,18 +48,19 @@ def _svg(figure: Figure) -> str:
     return text.replace(_INK, "currentColor")
 
 
-def _panels(count: int) -> tuple[Figure, list]:
+def _panels(count: int, height: float = 3.5) -> tuple[Figure, list]:
     columns = 2 if count in (2, 4) else min(count, 3)
     rows = -(-count // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.5 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
-def roc_figure(table: pd.DataFrame) -> str:
+def roc_figure(table: pd.DataFrame, attack: str = "fake") -> str:
     """ROC curves, one panel per test set, one line per run, on video scores where videos have several frames.
 
     Args:
         table: predictions with ``run``, ``testset``, ``label``, ``score`` and optionally ``video``.
+        attack: what label 1 is called.
 
     Returns:
         Inline SVG.
@@ -80,7 +84,9 @@ def roc_figure(table: pd.DataFrame) -> str:
                     axis.plot([], [], color=COLOURS[runs.index(run) % len(COLOURS)], label=f"{run}: no curve")
                     continue
                 axis.plot(fpr, tpr, color=COLOURS[runs.index(run) % len(COLOURS)], linewidth=2, label=label)
-            axis.set(title=f"{name} ({level} level)", xlabel="reals called fake (FPR)", ylabel="fakes found (TPR)")
+            axis.set(
+                title=f"{name} ({level} level)", xlabel=f"reals called {attack} (FPR)", ylabel=f"{attack}s found (TPR)"
+            )
             axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
             axis.legend(loc="lower right")
         for axis in axes[len(sets) :]:
@@ -88,20 +94,155 @@ def roc_figure(table: pd.DataFrame) -> str:
         return _svg(figure)
 
 
-def histogram_figure(table: pd.DataFrame) -> str:
-    """Histograms of P(fake) for reals and fakes, one panel per run and test set; inline SVG (columns as above)."""
+def histogram_figure(table: pd.DataFrame, attack: str = "fake") -> str:
+    """Histograms of the score for reals and fakes, one panel per run and test set; inline SVG (arguments as above)."""
     with matplotlib.rc_context(_STYLE):
         groups = list(table.groupby(["testset", "run"], sort=False))
         figure, axes = _panels(max(1, len(groups)))
         for axis, ((name, run), part) in zip(axes, groups, strict=False):
-            for label, word, colour in ((0, "real", COLOURS[2]), (1, "fake", COLOURS[3])):
+            for label, word, colour in ((0, "real", COLOURS[2]), (1, attack, COLOURS[3])):
                 scores = part.loc[part["label"] == label, "score"]
                 axis.hist(scores, bins=20, range=(0, 1), color=colour, alpha=0.6, label=f"{word} ({len(scores)})")
             axis.axvline(0.5, color="#808080", linewidth=1, linestyle=":")
-            axis.set(title=f"{run} · {name}", xlabel="score = P(fake)", ylabel="images", xlim=(0, 1))
+            axis.set(title=f"{run} · {name}", xlabel=f"score = P({attack})", ylabel="images", xlim=(0, 1))
             axis.legend()
         for axis in axes[len(groups) :]:
             axis.set_visible(False)
+        return _svg(figure)
+
+
+def robustness_figure(rows: Sequence[Mapping[str, Any]], testset: str) -> str:
+    """A metric against severity, one panel per corruption, one line per run with its interval as a band.
+
+    Args:
+        rows: of :func:`fsvfm.report_tables.robustness_rows`; AUC is drawn where it is there.
+        testset: whose.
+
+    Returns:
+        Inline SVG, or an empty string if nothing is there to draw. Missing severities interrupt the line.
+    """
+    table = pd.DataFrame([row for row in rows if row["testset"] == testset and row["severity"] != "mean"])
+    if table.empty or not table["value"].notna().any():
+        return ""
+    metric_shown = "auc" if (table["metric"] == "auc").any() else table["metric"].iloc[0]
+    table = table[table["metric"] == metric_shown]
+    table = table.assign(severity=table["severity"].astype(int)).astype(dict.fromkeys(("value", "low", "high"), float))
+    runs = list(table["run"].unique())
+    names = [name for name in table["corruption"].unique() if name not in ("clean", "mean")]
+    ticks = sorted(table["severity"].unique())
+    with matplotlib.rc_context(_STYLE):
+        columns = min(3, len(names))
+        lines = -(-len(names) // columns)
+        figure = Figure(figsize=(4.2 * columns, 2.6 * lines), layout="constrained")
+        axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).ravel())
+        for index, (axis, name) in enumerate(zip(axes, names, strict=False)):
+            for order, run in enumerate(runs):
+                line = table[(table["run"] == run) & table["corruption"].isin(["clean", name])].sort_values("severity")
+                style = {"color": COLOURS[order % len(COLOURS)]}
+                axis.plot(line["severity"], 100 * line["value"], marker="o", markersize=4, linewidth=1.8, **style)
+                axis.fill_between(line["severity"], 100 * line["low"], 100 * line["high"], alpha=0.18, lw=0, **style)
+            axis.set(title=name.replace("_", " "), xticks=ticks, xticklabels=["clean" if t == 0 else t for t in ticks])
+            if metric_shown == "auc":
+                axis.axhline(50, color="#808080", linewidth=1, linestyle=":")
+            if index % columns == 0:
+                axis.set_ylabel(f"{metric_shown.upper()}, %")
+            if index + columns >= len(names):
+                axis.set_xlabel("severity")
+        for axis in axes[len(names) :]:
+            axis.set_visible(False)
+        for order, run in enumerate(runs):
+            axes[0].plot([], [], color=COLOURS[order % len(COLOURS)], linewidth=2, label=run)
+        figure.legend(loc="outside upper left", ncols=4)
+        return _svg(figure)
+
+
+def reliability_figure(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Reliability before and after calibration, one panel per run and test set, with the samples of each bin below.
+
+    Args:
+        results: run → test set → summary; those with ``calibration`` are drawn.
+
+    Returns:
+        Inline SVG, or an empty string if nothing was calibrated.
+    """
+    found = [
+        (run, name, summary["calibration"])
+        for run, by_set in results.items()
+        for name, summary in by_set.items()
+        if summary and (summary.get("calibration") or {}).get("reliability")
+    ]
+    if not found:
+        return ""
+    with matplotlib.rc_context(_STYLE):
+        columns = 2 if len(found) in (2, 4) else min(len(found), 3)
+        lines = -(-len(found) // columns)
+        figure = Figure(figsize=(4.2 * columns, 4.3 * lines), layout="constrained")
+        grid = figure.add_gridspec(2 * lines, columns, height_ratios=[3.2, 1] * lines)
+        for index, (run, name, calibration) in enumerate(found):
+            line, column = divmod(index, columns)
+            top = figure.add_subplot(grid[2 * line, column])
+            below = figure.add_subplot(grid[2 * line + 1, column], sharex=top)
+            top.plot([0, 1], [0, 1], color="#808080", linewidth=1, linestyle=":")
+            for order, (key, word) in enumerate((("before", "before"), ("after", "calibrated"))):
+                bins = calibration["reliability"].get(key)
+                if not bins:
+                    continue
+                values = {k: np.array(bins[k], dtype=float) for k in ("confidence", "rate", "count")}
+                used = values["count"] > 0
+                error = (calibration.get(f"ece_{key}") or {}).get("value")
+                label = word if error is None else f"{word}: ECE {100 * error:.1f} %"
+                x, colour = values["confidence"][used], COLOURS[order]
+                top.plot(
+                    x, values["rate"][used], marker="os"[order], markersize=4, linewidth=1.8, color=colour, label=label
+                )
+                below.vlines(x + (order - 0.5) * 0.012, 0, values["count"][used], color=colour, linewidth=3)
+            top.set(title=f"{run} · {name}", ylabel="share of fakes", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            top.tick_params(labelbottom=False)
+            top.legend(loc="upper left")
+            below.set(xlabel="score", ylabel="samples")
+            below.set_ylim(bottom=0)
+        return _svg(figure)
+
+
+def methods_figure(rows: Sequence[Mapping[str, Any]], level: str, shown: str) -> str:
+    """A metric by method with intervals, one panel per test set, one mark per run.
+
+    Args:
+        rows: of :func:`fsvfm.report_tables.method_rows`.
+        level: frame or video.
+        shown: the metric.
+
+    Returns:
+        Inline SVG, or an empty string if nothing is there to draw.
+    """
+    table = pd.DataFrame([r for r in rows if r["level"] == level and r["metric"] == shown and r["value"] is not None])
+    if table.empty:
+        return ""
+    table = table.astype(dict.fromkeys(("value", "low", "high"), float))
+    runs, sets = list(table["run"].unique()), list(table["testset"].unique())
+    with matplotlib.rc_context(_STYLE):
+        most = int(table.groupby("testset")["method"].nunique().max())
+        height = 1.3 + 0.12 * most * (1 + len(runs))
+        figure, axes = _panels(len(sets), height)
+        for axis, name in zip(axes, sets, strict=False):
+            part = table[table["testset"] == name]
+            methods = list(part["method"].unique())
+            for order, run in enumerate(runs):
+                line = part[part["run"] == run]
+                place = [methods.index(m) + (order - (len(runs) - 1) / 2) * 0.7 / len(runs) for m in line["method"]]
+                value, low, high = (100 * line[k].to_numpy() for k in ("value", "low", "high"))
+                bars = np.nan_to_num(np.clip([value - low, high - value], 0, None))
+                style = {"color": COLOURS[order % len(COLOURS)], "label": run}
+                axis.barh(place, value, height=0.62 / len(runs), alpha=0.35, color=style["color"])
+                axis.errorbar(value, place, xerr=bars, fmt="o", markersize=4, linewidth=1.6, **style)
+            axis.set(yticks=range(len(methods)), yticklabels=methods, xlim=(0, 101), title=f"{name} ({level} level)")
+            axis.set_xlabel(f"{shown.upper()}, %")
+            axis.invert_yaxis()
+            axis.grid(axis="y", visible=False)
+        for axis in axes[len(sets) :]:
+            axis.set_visible(False)
+        if len(runs) > 1:
+            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
         return _svg(figure)
 
 

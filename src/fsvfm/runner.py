@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fsvfm import build
 from fsvfm.cli import rank, say
-from fsvfm.errors import ConfigError
+from fsvfm.errors import ConfigError, MetricError
 
 # Heavy packages are imported where they are used: saying that a run is finished, or what it lacks, takes a second.
 
@@ -37,8 +37,6 @@ def train(cfg: DictConfig) -> None:
         marker = _marker(cfg, step)
         if marker.is_file() and cfg.resume == "auto":
             say(f"{step}: finished already in {folder} (resume=never starts over)")
-            continue
-        if step == "test" and rank():
             continue
         if rank() == 0:
             record(folder)
@@ -75,13 +73,35 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        best = folder / "checkpoints" / "best.ckpt"
-        last = folder / "checkpoints" / "last.ckpt"
-        export(best if "ForgeryTask" in cfg.task._target_ else last, folder / "export")
+        export(folder / "checkpoints" / f"{task.exported}.ckpt", folder / "export")
+    trainer.strategy.barrier("exported")
+    calibrate(cfg, data, folder / "export")
+
+
+def calibrate(cfg: DictConfig, data: Any, exported: Path) -> None:
+    """Store temperature and thresholds, fitted on the validation faces, in a detector's export."""
+    validation = getattr(data, "val", None)
+    if validation is None or not cfg.calibration.fit:
+        return
+    from fsvfm import processes
+    from fsvfm.evaluation import calibrate_export
+
+    try:
+        calibrate_export(
+            exported,
+            validation,
+            source=f"validation faces of {cfg.data.name}",
+            conformal_alpha=cfg.calibration.conformal_alpha,
+            batch_size=cfg.evaluate.batch_size,
+            workers=cfg.data.workers,
+            group=processes.join(cfg.trainer),
+        )
+    except MetricError as error:
+        say(f"the export has no calibration: {error}")
 
 
 def test(cfg: DictConfig, folder: Path) -> None:
-    """Score the exported checkpoint on the protocol's test sets."""
+    """Score the exported checkpoint on the protocol's test sets, with every process of the run."""
     from fsvfm.evaluation import evaluate
 
     evaluate(cfg, {str(cfg.name): str(folder / "export")}, folder / "test")
@@ -100,7 +120,8 @@ def evaluate_once(cfg: DictConfig) -> None:
     build.require_testsets(cfg)
     out = Path(cfg.evaluate.out)
     record = {
-        "settings": [OmegaConf.to_container(part, resolve=True) for part in (cfg.testsets, cfg.evaluate)] + [cfg.seed],
+        "settings": [OmegaConf.to_container(part, resolve=True) for part in (cfg.testsets, cfg.evaluate, cfg.protocol)]
+        + [cfg.seed],
         "checkpoints": {label: [source, _digests(Path(source))] for label, source in chosen.items()},
         "manifests": {name: _digests(Path(test.manifest)) for name, test in cfg.testsets.items()},
     }
@@ -111,7 +132,8 @@ def evaluate_once(cfg: DictConfig) -> None:
     from fsvfm.evaluation import evaluate
 
     evaluate(cfg, chosen, out)
-    _write_json(marker, record)
+    if rank() == 0:
+        _write_json(marker, record)
 
 
 def _digests(path: Path) -> dict[str, str]:

@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 from fsvfm.errors import DataError, MetricError
+from fsvfm.metrics import antispoof
 from fsvfm.metrics.forgery import summarise
-from fsvfm.report import result_rows, write_report, write_tables
+from fsvfm.report import write_report
+from fsvfm.report_tables import result_rows, write_tables
 
 
 def predictions(folder: Path) -> pd.DataFrame:
@@ -75,6 +77,7 @@ def page(project: Path, **changes) -> str:
         "pretrain": project / "pretrain", "runs": {"full": project / "full", "adapter": project / "adapter"},
         "evaluation": project / "evaluation",
         "commands": {"pretrain": "make-pre", "evaluation": "make-eval", "adapter": "make-adapter"},
+        "notice": "This is not a usable detector.",
     } | changes  # fmt: skip
     return write_report(project / "out/report.html", **arguments).read_text()
 
@@ -207,6 +210,226 @@ def test_bad_results_are_refused(tmp_path):
         write_tables(tmp_path, {"full": {"mean": {"gap": "x"}}})
     with pytest.raises(MetricError, match="not finite"):
         write_tables(tmp_path, {"full": {"set": {"gap": "x", "number": float("nan")}}})
+
+
+# ---------------------------------------------------------------- what a summary may hold beside metrics
+
+
+def rows_of(file: Path) -> list[list[str]]:
+    """Cells of all Markdown table rows of a file, marks taken off."""
+    lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def spoof(seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    label = np.tile([0, 1], 40)
+    table = pd.DataFrame({"label": label, "score": np.clip(rng.normal(0.3 + 0.4 * label, 0.2), 0, 1)})
+    table["video"] = [f"v{i // 4}{y}" for i, y in enumerate(label)]
+    return antispoof.summarise(table, replicates=20)
+
+
+def test_tasks_are_never_in_one_table(project, tmp_path):
+    results = summaries(pd.read_parquet(project / "evaluation/predictions.parquet"))
+    results["fas"] = {"msu": spoof(), "oulu": spoof(1), "casia": {"gap": "only attacks"}}
+    rows = pd.DataFrame(result_rows(results))
+    assert set(rows.loc[rows["run"] == "fas", "testset"]) == {"msu", "oulu", "casia", "mean"}
+    assert set(rows.loc[rows["run"] == "full", "testset"]) == {"seen", "un_seen", "mean"}
+    assert "hter" not in set(rows.loc[rows["run"] == "full", "metric"])
+    means = rows[(rows["testset"] == "mean") & (rows["level"] == "video")].set_index(["run", "metric"])
+    assert pd.isna(means.loc[("fas", "hter"), "value"])
+    assert means.loc[("fas", "hter"), "gap"] == "2 of 3 sets have a value"
+    assert means.loc[("full", "auc"), "value"] > 0.5
+    del results["fas"]["casia"]
+    frame = pd.DataFrame(result_rows(results)).set_index(["run", "testset", "level", "metric"])
+    values = [results["fas"][name]["video"]["metrics"]["hter"]["value"] for name in ("msu", "oulu")]
+    assert frame.loc[("fas", "mean", "video", "hter"), "value"] == pytest.approx(np.mean(values))
+    assert pd.isna(frame.loc[("fas", "mean", "video", "threshold"), "value"]), "thresholds have no mean"
+    write_tables(tmp_path / "t", results)
+    for line in rows_of(tmp_path / "t/results.md"):
+        assert not {"full", "fas"} <= set(line)
+    heads = [line for line in rows_of(tmp_path / "t/results.md") if line[0] == "run" and "HTER" in line]
+    assert len(heads) == 2  # frame and video level
+    assert all("EER" not in head for head in heads)
+    text = (tmp_path / "t/results.tex").read_text()
+    assert "% HTER, video level" in text
+    assert text.count("fas & ") == 3  # HTER, AUC, TPR at video level
+    write_tables(project / "evaluation", results)
+    text = page(project)
+    assert "HTER" in text
+    assert "Face anti-spoofing" in text
+    threshold = results["fas"]["msu"]["video"]["metrics"]["threshold"]["value"]
+    assert f"{threshold:.6g} [" in text
+
+
+def test_methods_have_their_own_rows(project, tmp_path):
+    table = pd.read_parquet(project / "evaluation/predictions.parquet")
+    fakes = table["label"] == 1
+    table.loc[fakes, "method"] = np.where(np.arange(fakes.sum()) % 3 == 0, "faces/lia", "talk/sad")
+    results = summaries(table)
+    write_tables(tmp_path / "t", results)
+    rows = pd.read_csv(tmp_path / "t/results.csv", keep_default_na=False)
+    assert set(rows["method"]) == {"", "faces/lia", "talk/sad"}
+    row = rows[
+        (rows[["run", "testset", "method", "level", "metric"]] == ["full", "seen", "talk/sad", "frame", "auc"]).all(
+            axis=1
+        )
+    ]
+    part = table[(table["run"] == "full") & (table["testset"] == "seen")]
+    part = part[(part["label"] == 0) | (part["method"] == "talk/sad")]
+    real, fake = (part.loc[part["label"] == y, "score"].to_numpy() for y in (0, 1))
+    assert float(row["value"].item()) == pytest.approx(
+        np.mean(fake[:, None] > real) + 0.5 * np.mean(fake[:, None] == real)
+    )
+    assert int(float(row["fake"].item())) == len(fake)
+    cells = results["full"]["seen"]["method"]["talk/sad"]["frame"]["metrics"]["auc"]
+    expected = [
+        "full",
+        "seen",
+        "talk/sad",
+        str(len(fake)),
+        f"{100 * cells['value']:.1f} [{100 * cells['low']:.1f}–{100 * cells['high']:.1f}]",
+    ]
+    assert expected in rows_of(tmp_path / "t/results.md")
+    write_tables(project / "evaluation", results)
+    text = page(project)
+    assert "Results by method" in text
+    assert text.count("talk/sad") > 4
+    # One method is the whole test set again: no breakdown.
+    table.loc[fakes, "method"] = "one"
+    write_tables(tmp_path / "t", summaries(table))
+    assert "By method" not in (tmp_path / "t/results.md").read_text()
+
+
+PUBLISHED = [
+    {"method": "FSFM ViT-B", "experiment": "full", "level": "frame", "metric": "auc", "source": "FSFM, CVPR 2025",
+     "values": {"seen": 91.44, "un_seen": 83.5}, "mean": 87.47},
+    {"method": "MAE", "experiment": None, "level": "frame", "metric": "auc", "source": "somewhere",
+     "values": {"seen": 80, "elsewhere": 70}, "mean": 75},
+    {"method": "Unrelated", "experiment": None, "level": "frame", "metric": "auc", "source": "s", "values": {"x": 1}},
+]  # fmt: skip
+
+
+def test_published_rows_stand_beside_ours_and_are_marked(project, tmp_path):
+    results = summaries(pd.read_parquet(project / "evaluation/predictions.parquet"))
+    made = {"published": PUBLISHED[:1], "notes": ["full: selection=target_best\nmind this"]}
+    write_tables(tmp_path / "t", results, made=made)
+    rows = rows_of(tmp_path / "t/results.md")
+    assert ["FSFM ViT-B (published: FSFM, CVPR 2025)", "91.44", "83.5", "87.47"] in rows
+    seen, other = (results["full"][name]["frame"]["metrics"]["auc"]["value"] for name in ("seen", "un_seen"))
+    away = next(row for row in rows if row[0] == "full − FSFM ViT-B, points")
+    assert away[1:] == [
+        f"{100 * seen - 91.44:+.1f}",
+        f"{100 * other - 83.5:+.1f}",
+        f"{50 * (seen + other) - 87.47:+.1f}",
+    ]
+    text = (tmp_path / "t/results.md").read_text()
+    assert "| **full** | **" in text
+    assert "| **adapter** |" not in text
+    assert "not measured here" in text
+    assert "> **Note.** full: selection=target_best mind this" in text
+    tex = (tmp_path / "t/results.tex").read_text()
+    assert r"\textit{FSFM ViT-B (published: FSFM, CVPR 2025)} & \textit{91.44}" in tex
+    assert "not measured here" in tex
+    assert r"\textbf{full}" in tex
+    assert "91.44" not in (tmp_path / "t/results.csv").read_text()
+    write_tables(project / "evaluation", results, made=made)
+    text = page(project)
+    assert '<tr class="published"' in text
+    assert '<tr class="matched"' in text
+    assert "mind this" in text
+    assert "not measured here" in text
+
+
+def test_means_beside_published_ones_are_over_the_same_sets(project, tmp_path):
+    results = summaries(pd.read_parquet(project / "evaluation/predictions.parquet"))
+    write_tables(tmp_path / "t", results, made={"published": PUBLISHED})
+    rows = rows_of(tmp_path / "t/results.md")
+    head = next(row for row in rows if row[1:] == ["seen", "un_seen", "elsewhere", "mean"])
+    assert head
+    full = next(row for row in rows if row[0] == "full" and len(row) == 5)
+    assert full[3:] == ["—", "—"], "we lack a set that the published mean may be about"
+    assert next(row for row in rows if row[0].startswith("MAE"))[1:] == ["80", "—", "70", "—"]
+    assert not any(row[0].startswith("Unrelated") for row in rows)
+
+
+def with_robustness(results: dict, severities: tuple[str, ...] = ("1", "3")) -> dict:
+    for run, by_set in results.items():
+        for summary in by_set.values():
+            clean = summary["frame"]["metrics"]["auc"]["value"]
+            summary["robustness"] = {
+                name: {
+                    s: {
+                        "auc": {
+                            "value": clean - 0.01 * i - 0.02 * int(s) - 0.05 * (run == "adapter"),
+                            "low": 0.1,
+                            "high": 0.9,
+                        }
+                    }
+                    for s in severities
+                }
+                for i, name in enumerate(("jpeg", "gaussian_blur"))
+            }
+    return results
+
+
+def test_robustness_has_means_only_where_nothing_is_missing(project, tmp_path):
+    results = with_robustness(summaries(pd.read_parquet(project / "evaluation/predictions.parquet")))
+    del results["adapter"]["seen"]["robustness"]["jpeg"]["3"]
+    results["full"]["un_seen"]["robustness"]["jpeg"]["1"]["auc"]["value"] = None
+    del results["adapter"]["un_seen"]["robustness"]
+    write_tables(tmp_path / "t", results)
+    rows = pd.read_csv(tmp_path / "t/robustness.csv", dtype={"severity": str})
+    cell = rows.set_index(["run", "testset", "corruption", "severity"])
+    clean = results["full"]["seen"]["frame"]["metrics"]["auc"]["value"]
+    value = cell["value"]
+    assert value["full", "seen", "clean", "0"] == pytest.approx(clean)
+    assert value["full", "seen", "jpeg", "3"] == pytest.approx(clean - 0.06)
+    assert cell.loc[("full", "seen", "jpeg", "3"), "high"] == 0.9
+    assert value["full", "seen", "jpeg", "mean"] == pytest.approx(clean - 0.04)
+    assert value["full", "seen", "mean", "3"] == pytest.approx(clean - 0.065)
+    assert value["full", "seen", "mean", "mean"] == pytest.approx(clean - 0.045)
+    for run, name in (("adapter", "seen"), ("full", "un_seen")):
+        assert pd.isna(value[run, name, "jpeg", "mean"])
+        assert pd.isna(value[run, name, "mean", "mean"])
+        assert value[run, name, "gaussian_blur", "mean"] > 0
+    assert cell.loc[("adapter", "seen", "jpeg", "mean"), "gap"] == "1 of 2 severities have a value"
+    assert cell.loc[("adapter", "un_seen", "jpeg", "1"), "gap"] == "not evaluated on corrupted images"
+    lines = rows_of(tmp_path / "t/results.md")
+    assert ["run", "test set", "corruption", "clean", "1", "3", "mean"] in lines
+    assert any(line[0] == "full" and line[2] == "mean" and line[-1] == f"{100 * (clean - 0.045):.1f}" for line in lines)
+    assert "quality: 90, 75" in (tmp_path / "t/results.md").read_text()
+    write_tables(project / "evaluation", results)
+    text = page(project)
+    assert "AUC against severity of each corruption on un_seen" in text
+    assert "gaussian blur" in text
+    # An evaluation without corruptions leaves no table of an earlier one.
+    write_tables(tmp_path / "t", summaries(pd.read_parquet(project / "evaluation/predictions.parquet")))
+    assert not (tmp_path / "t/robustness.csv").exists()
+    assert not (tmp_path / "t/calibration.csv").exists()
+
+
+def test_calibration_and_stored_thresholds_are_reported(project, tmp_path):
+    results = summaries(pd.read_parquet(project / "evaluation/predictions.parquet"))
+    curves = {"confidence": [0.1, 0.9], "rate": [0.2, 0.7], "count": [11, 13]}
+    results["full"]["seen"] |= {
+        "calibration": {
+            "ece_before": {"value": 0.125}, "ece_after": {"value": 0.0625}, "temperature": 1.75,
+            "source": "validation faces", "reliability": {"before": curves, "after": curves},
+        },
+        "operating": {"fpr_1": {"threshold": 0.9375, "fpr": 0.025, "fnr": 0.4, "balanced_accuracy": None}},
+    }  # fmt: skip
+    write_tables(tmp_path / "t", results)
+    rows = pd.read_csv(tmp_path / "t/calibration.csv").set_index(["threshold", "quantity"])
+    assert rows.loc[("fpr_1", "fnr"), "value"] == 0.4
+    assert rows.loc[("fpr_1", "balanced_accuracy"), "gap"] == "no balanced_accuracy"
+    lines = rows_of(tmp_path / "t/results.md")
+    assert ["full", "seen", "validation faces", "12.5", "6.2", "1.75"] in lines
+    assert ["full", "seen", "FPR 1 %", "0.9375", "2.5", "40.0", "—"] in lines
+    write_tables(project / "evaluation", results)
+    text = page(project)
+    assert "Reliability before and after" in text
+    assert "ECE 12.5 %" in text
 
 
 def test_command_line(project):

@@ -1,0 +1,145 @@
+"""What evaluating a detector costs beyond its network, as a ratio to the bare forward pass.
+
+    python benchmarks/evaluation.py [--model vit_tiny] [--images 256] [--device cuda] [--output evaluation.json]
+
+The same decoded faces go through the same network twice: as normalised batches that lie ready on the device, and as
+`fsvfm.evaluate` takes them (batches of uint8 images from the loader, copied and normalised, scores gathered, then all
+metrics with their bootstrap intervals). Both are timed in turn, several times; a ratio is the median of the ratios of
+neighbours. On a CPU the time is this process's own, so that other work on the machine does not count as overhead; on a
+GPU it is wall time. Decoding and face detection are not part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+
+from fsvfm.checkpoint import Checkpoint
+from fsvfm.evaluation import LoadedDetector, predict
+from fsvfm.metrics.forgery import summarise
+from fsvfm.models.detector import build_detector
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FRAMES = 32  # of a video, as in the papers
+
+
+class DecodedFaces(Dataset):
+    """Random faces in memory, as `predict` expects its samples."""
+
+    def __init__(self, count: int, size: int) -> None:
+        noise = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=noise)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": index // FRAMES % 2, "unreadable": []}
+
+
+def random_detector(name: str, device: str) -> LoadedDetector:
+    """A detector with random weights at one of the sizes of configs/model."""
+    model: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml"))
+    torch.manual_seed(0)
+    tune = {"name": "full", "drop_path": 0.0}
+    network = build_detector(model, tune, ["real", "fake"]).to(device).eval()
+    checkpoint = Checkpoint("detector", {}, {"model": model, "tune": tune, "task": "forgery"}, "random weights")
+    mean, std = (torch.full((1, 3, 1, 1), value, device=device) for value in (127.5, 64.0))
+    return LoadedDetector(network, mean, std, checkpoint)
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Time of one call: of this process on a CPU, wall time with the device's work included on a GPU."""
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_tiny", help="an option of configs/model (default vit_tiny)")
+    parser.add_argument("--images", type=int, default=256, help="faces; 32 make a video (default 256)")
+    parser.add_argument("--batch", type=int, default=64, help="faces per forward pass (default 64)")
+    parser.add_argument("--replicates", type=int, default=2000, help="of the intervals (default 2000)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="pairs of measurements, after one to warm up (default 5)"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the network (default 1)")
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    detector = random_detector(options.model, options.device)
+    faces = DecodedFaces(options.images, detector.image_size)
+    ready = [(b.to(options.device).float() - detector.mean) / detector.std for b in faces.images.split(options.batch)]
+    index = np.arange(options.images)
+    table = pd.DataFrame({"label": index // FRAMES % 2, "video": (index // FRAMES).astype(str)})
+    scores = np.empty(0)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for images in ready:
+                detector.network(images)
+
+    def scoring() -> None:
+        nonlocal scores
+        found = predict(detector, faces, batch_size=options.batch, workers=options.workers, title="benchmark")
+        scores = np.empty(0) if found is None else found
+
+    def metrics() -> None:
+        summarise(table.assign(score=scores), replicates=options.replicates)
+
+    steps = {"forward pass alone": bare, "scores": scoring, "metrics and intervals": metrics}
+    for run in steps.values():
+        run()
+    times = {name: np.empty(options.repeats) for name in steps}
+    for repeat in range(options.repeats):
+        for name, run in steps.items():
+            times[name][repeat] = seconds(run, options.device)
+    network = times["forward pass alone"]
+    whole = times["scores"] + times["metrics and intervals"]
+    ratios = {
+        "scores": float(np.median(times["scores"] / network)),
+        "evaluation": float(np.median(whole / network)),
+    }
+
+    where = f"{options.device}, torch {torch.__version__}"
+    kind = "CPU time of this process" if options.device == "cpu" else "wall time"
+    print(f"{options.model}, {options.images} faces in batches of {options.batch}, {where}; {kind}")
+    print(f"{'median of ' + str(options.repeats):28}{'seconds':>10}{'ms/face':>10}{'ratio':>9}")
+    rows = {**times, "evaluation (both)": whole}
+    for name, values in rows.items():
+        middle = float(np.median(values))
+        ratio = float(np.median(values / network))
+        print(f"{name:28}{middle:10.3f}{1000 * middle / options.images:10.3f}{ratio:9.3f}")
+    print(f"evaluation costs {100 * (ratios['evaluation'] - 1):+.1f} % over the forward pass (target: at most 15 %)")
+    if options.output:
+        settings = {key: value for key, value in vars(options).items() if key != "output"}
+        report = {**settings, "torch": torch.__version__, "ratios": ratios}
+        report["seconds"] = {name: values.tolist() for name, values in rows.items()}
+        unfinished = options.output.with_name(options.output.name + ".tmp")
+        unfinished.write_text(json.dumps(report, indent=2) + "\n")
+        unfinished.replace(options.output)
+
+
+if __name__ == "__main__":
+    main()

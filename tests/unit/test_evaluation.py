@@ -1,0 +1,223 @@
+"""Evaluation: every sample once, the same numbers however the work is dealt out, gaps that stay gaps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from fsvfm import build
+from fsvfm.checkpoint import save_export
+from fsvfm.data.manifest import Manifest
+from fsvfm.errors import CheckpointError, ConfigError, DataError
+from fsvfm.evaluation import CorruptedFaces, calibrate_export, evaluate, load_detector_network, predict_manifest
+from fsvfm.metrics.calibration import apply_temperature
+from fsvfm.models.detector import build_detector
+from fsvfm.models.vit import ViTConfig
+from fsvfm.processes import Processes
+
+TINY = ViTConfig("vit_test", patch_size=16, dim=32, depth=2, heads=4, image_size=64)
+TUNE = {"name": "full", "drop_path": 0.0, "frozen_drop_path": False, "reduction": 4, "quirk": False}
+CPU = torch.device("cpu")
+
+
+def write_detector(folder: Path, *, class_order: tuple[str, str] = ("real", "fake"), task: str = "forgery") -> Path:
+    """A random detector whose logit difference follows the image's blue channel a little."""
+    torch.manual_seed(0)
+    network = build_detector(TINY, TUNE, class_order, task=task)
+    head = network.head.fc if task == "forgery" else network.head.embed
+    torch.nn.init.normal_(head.weight, std=0.5)
+    model = {"name": "vit_test", "image_size": 64, "patch_size": 16, "dim": 32, "depth": 2, "heads": 4}
+    meta = {
+        "kind": "detector", "task": task, "model": model, "tune": TUNE, "class_order": list(class_order),
+        "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
+    }  # fmt: skip
+    return save_export(folder, network.state_dict(), meta)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_detector(tmp_path_factory.mktemp("detector") / "export")
+
+
+@pytest.fixture
+def config(compose_config, prepared_dir: Path, tmp_path: Path) -> DictConfig:
+    cfg = compose_config("evaluate", "experiment=demo_dfd", "protocol=demo", "data.workers=0", "evaluate.replicates=50")
+    with open_dict(cfg):
+        for test in cfg.testsets.values():
+            test.manifest = str(prepared_dir)
+    return cfg
+
+
+def test_every_row_is_scored_once_at_any_batch_size_and_share(detector: Path, prepared_dir: Path) -> None:
+    loaded = load_detector_network(str(detector))
+    manifest = Manifest.read(prepared_dir)
+    whole = predict_manifest(loaded, manifest, batch_size=64, workers=0, title="all")
+    assert whole is not None
+    assert list(whole["path"]) == manifest.paths()
+    assert whole["score"].between(0, 1).all()
+    assert whole["score"].std() > 1e-3
+    for batch_size, workers in ((1, 0), (7, 2)):
+        again = predict_manifest(loaded, manifest, batch_size=batch_size, workers=workers, title="again")
+        assert again is not None
+        np.testing.assert_allclose(again["score"], whole["score"], atol=1e-6)
+    shares = [list(Processes(rank, 3, CPU).share(len(manifest))) for rank in range(3)]
+    assert sorted(row for share in shares for row in share) == list(range(len(manifest)))
+
+
+def test_a_swapped_class_order_gives_the_same_scores(tmp_path: Path, prepared_dir: Path) -> None:
+    plain = load_detector_network(str(write_detector(tmp_path / "a" / "export")))
+    swapped_file = write_detector(tmp_path / "b" / "export", class_order=("fake", "real"))
+    swapped = load_detector_network(str(swapped_file))
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(swapped.network.head.fc, name).copy_(getattr(plain.network.head.fc, name).flip(0))
+    manifest = Manifest.read(prepared_dir)
+    scores = [predict_manifest(d, manifest, batch_size=64, workers=0, title="x")["score"] for d in (plain, swapped)]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-7)
+    assert np.abs(scores[0] - 0.5).max() > 0.01  # else an inversion could not be seen
+
+
+def test_results_tables_and_predictions(config: DictConfig, detector: Path, tmp_path: Path) -> None:
+    results = evaluate(config, {"mine": str(detector)}, tmp_path / "out")
+    assert set(results["mine"]) == {"demo_seen", "demo_unseen"}
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"results.json", "results.csv", "results.md", "results.tex", "predictions.parquet"} <= names
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    seen = table[table["testset"] == "demo_seen"]
+    assert set(seen["method"]) == {"real", "self_blend"}
+    # The metrics can be had again from the predictions alone.
+    from sklearn.metrics import roc_auc_score
+
+    again = roc_auc_score(seen["label"], seen["score"])
+    assert results["mine"]["demo_seen"]["frame"]["metrics"]["auc"]["value"] == pytest.approx(again)
+
+
+def test_missing_and_unusable_sets_are_gaps_and_the_mean_is_not_taken_over_the_rest(
+    config: DictConfig, detector: Path, prepared_dir: Path, tmp_path: Path
+) -> None:
+    reals = Manifest.read(prepared_dir).select(label=0)
+    one_class = Manifest(reals.table.assign(path=reals.paths(), parse=""), tmp_path)
+    one_class.write(tmp_path / "reals.parquet")
+    mixed = Manifest.read(prepared_dir).select(split="test")
+    Manifest(mixed.table.assign(path=mixed.paths(), video="one", subject="", parse=""), tmp_path).write(
+        tmp_path / "mixed.parquet"
+    )
+    with open_dict(config):
+        base = OmegaConf.to_container(config.testsets.demo_seen)
+        config.testsets.absent = {**base, "manifest": str(tmp_path / "nowhere")}
+        config.testsets.reals = {**base, "manifest": str(tmp_path / "reals.parquet"), "methods": None}
+        config.testsets.mixed = {**base, "manifest": str(tmp_path / "mixed.parquet"), "methods": None}
+        config.testsets.pattern = {**base, "methods": ["T2I/*"]}
+    with pytest.raises(DataError, match="4 test set") as raised:
+        evaluate(config, {"mine": str(detector)}, tmp_path / "out")
+    for text in ("not prepared", "all real", "labelled real and", "T2I/\\*"):
+        assert raised.match(text)
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]["mine"]
+    assert "gap" in runs["absent"]
+    assert "frame" in runs["demo_seen"]
+    rows = pd.read_csv(tmp_path / "out" / "results.csv")
+    mean = rows[(rows["testset"] == "mean") & (rows["metric"] == "auc")]
+    assert len(mean)
+    assert mean["value"].isna().all()
+
+
+def test_methods_may_be_patterns(prepared_dir: Path) -> None:
+    test = {"manifest": str(prepared_dir), "split": "test", "datasets": None, "methods": ["self_*"], "prepare": "…"}
+    assert set(build.testset_rows(test).table["method"]) == {"real", "self_blend"}
+
+
+def test_scores_that_are_not_finite_are_a_gap(config: DictConfig, tmp_path: Path) -> None:
+    folder = write_detector(tmp_path / "broken" / "export")
+    loaded = load_detector_network(str(folder))
+    state = {key: torch.full_like(t, float("nan")) if key == "head.fc.bias" else t
+             for key, t in loaded.checkpoint.state.items()}  # fmt: skip
+    save_export(folder, state, loaded.checkpoint.meta)
+    with pytest.raises(DataError, match="not finite"):
+        evaluate(config, {"broken": str(folder)}, tmp_path / "out")
+
+
+def test_a_detector_of_another_task_is_refused(config: DictConfig, tmp_path: Path) -> None:
+    spoof = write_detector(tmp_path / "spoof" / "export", task="antispoof")
+    with pytest.raises(ConfigError, match=r"antispoof.*protocol=demo is about forgery"):
+        evaluate(config, {"spoof": str(spoof)}, tmp_path / "out")
+
+
+def test_an_encoder_cannot_be_evaluated(tmp_path: Path) -> None:
+    model = {"name": "vit_test", "image_size": 64, "patch_size": 16, "dim": 32, "depth": 2, "heads": 4}
+    network = build_detector(TINY, TUNE, ("real", "fake"))
+    state = {f"encoder.{k.removeprefix('backbone.')}": t for k, t in network.state_dict().items()
+             if k.startswith("backbone.") and "fc_norm" not in k}  # fmt: skip
+    meta = {"kind": "encoder", "task": "pretrain", "model": model, "mean": [0.5] * 3, "std": [0.2] * 3}
+    folder = save_export(tmp_path / "encoder", state, meta)
+    with pytest.raises(CheckpointError, match=r"no detector .*fine-tune"):
+        load_detector_network(str(folder))
+
+
+def test_testing_on_training_videos_is_refused(config: DictConfig, prepared_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    detector = write_detector(run / "export")
+    rows = Manifest.read(prepared_dir)
+    OmegaConf.save({"data": {"manifests": [str(prepared_dir)]}}, run / "config.yaml")
+    leaked = rows.select(split="train")
+    leaked = Manifest(leaked.table.assign(path=leaked.paths(), split="test", parse=""), tmp_path)
+    leaked.write(tmp_path / "leaked.parquet")
+    with open_dict(config):
+        config.testsets.leaked = {**config.testsets.demo_seen, "manifest": str(tmp_path / "leaked.parquet")}
+    with pytest.raises(DataError, match="leaked"):
+        evaluate(config, {"mine": str(detector)}, tmp_path / "out")
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]["mine"]
+    assert "gap" in runs["leaked"]
+    assert "gap" not in runs["demo_seen"]
+
+
+def test_calibration_is_stored_in_the_export_and_reported(
+    config: DictConfig, tmp_path: Path, prepared_dir: Path
+) -> None:
+    folder = write_detector(tmp_path / "run" / "export")
+    rows = Manifest.read(prepared_dir).select(split="train")
+    before = load_detector_network(str(folder))
+    calibrate_export(folder, rows, source="training people", conformal_alpha=0.2, batch_size=16, workers=0)
+    after = load_detector_network(str(folder))
+    stored = after.calibration
+    assert stored is not None
+    assert stored["source"] == "training people"
+    assert set(stored["thresholds"]) == {"fpr_1", "fpr_5", "eer"}
+    assert stored["conformal"]["alpha"] == 0.2
+    for key, tensor in before.checkpoint.state.items():
+        assert torch.equal(tensor, after.checkpoint.state[key])
+    # The threshold does on its own set what it says.
+    table = predict_manifest(after, rows, batch_size=16, workers=0, title="x")
+    assert table is not None
+    calibrated = apply_temperature(table["score"].to_numpy(), stored["temperature"])
+    point = stored["thresholds"]["fpr_5"]
+    assert (calibrated[table["label"] == 0] >= point["threshold"]).mean() == pytest.approx(point["fpr"])
+    assert point["fpr"] <= 0.05
+    results = evaluate(config, {"mine": str(folder)}, tmp_path / "out")
+    assert set(results["mine"]["demo_seen"]["operating"]) == {"fpr_1", "fpr_5", "eer"}
+    assert results["mine"]["demo_seen"]["calibration"]["temperature"] == stored["temperature"]
+
+
+def test_corrupted_copies(config: DictConfig, detector: Path, prepared_dir: Path, tmp_path: Path) -> None:
+    rows = Manifest.read(prepared_dir).select(split="test")
+    variants = [("jpeg", 1), ("gaussian_noise", 5)]
+    faces, fewer = CorruptedFaces(rows, 64, variants), CorruptedFaces(rows.select(label=1), 64, variants[1:])
+    # Neither the order of asking nor the other rows change a pixel.
+    noisy = [i for i in range(len(rows)) if rows.table["label"][i] == 1]
+    for place, row in reversed(list(enumerate(noisy))):
+        assert torch.equal(faces[len(rows) + row]["image"], fewer[place]["image"])
+    assert not torch.equal(faces[0]["image"], faces[len(rows)]["image"])
+    with open_dict(config):
+        config.evaluate.corruptions, config.evaluate.severities = ["jpeg", "gaussian_noise"], [1, 5]
+    results = evaluate(config, {"mine": str(detector)}, tmp_path / "out")
+    curves = results["mine"]["demo_seen"]["robustness"]
+    assert {name: set(levels) for name, levels in curves.items()} == {
+        "jpeg": {"1", "5"},
+        "gaussian_noise": {"1", "5"},
+    }
+    assert 0 <= curves["jpeg"]["5"]["auc"]["low"] <= curves["jpeg"]["5"]["auc"]["value"] <= 1
