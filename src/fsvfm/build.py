@@ -35,6 +35,8 @@ REMOTE = ("hf://", "zoo:", "timm:")
 
 def prepared(folder: str | Path) -> bool:
     """Whether a manifest is there: a prepared folder, a Parquet or CSV file, or a folder in a published layout."""
+    if "://" in str(folder):  # remote; reading it will tell
+        return True
     path = Path(folder).expanduser()
     if path.is_file() or (path / "manifest.parquet").is_file() or (path / "manifest.csv").is_file():
         return True

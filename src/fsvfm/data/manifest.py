@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fsvfm.data.storage import fetch, is_remote
 from fsvfm.errors import ConfigError, DataError
 
 #: File name of the manifest inside a prepared folder.
@@ -76,7 +77,7 @@ class Manifest:
     """
 
     def __init__(self, rows: pd.DataFrame, root: str | Path, source: str | None = None, *, check: bool = True) -> None:
-        self.root = Path(root)
+        self.root = root if is_remote(root) else Path(root)
         self.source = source or str(self.root)
         self.table = _typed(rows, self.source)
         found = problems(self.table) if check else []
@@ -90,7 +91,7 @@ class Manifest:
         """Read a Parquet or CSV manifest, the one inside a prepared folder, or a folder in a published layout.
 
         Args:
-            path: the file or folder.
+            path: the file or folder; also a URL (``s3://…``) of a packed one, whose manifest is fetched.
             extra: columns to read beside those of :data:`COLUMNS`, as far as they are there; None reads all. Grids and
                 landmarks are most of a manifest: with millions of rows, read what is needed.
             root: folder that relative image paths start from; None is the file's own.
@@ -99,6 +100,12 @@ class Manifest:
         Raises:
             DataError: no such file, not a readable table, or rows that break the schema.
         """
+        if is_remote(path):
+            url = str(path).rstrip("/")
+            url = url if url.endswith((".parquet", ".csv")) else f"{url}/{MANIFEST_NAME}"
+            found = cls.read(fetch(url, again=True), extra=extra, root=root or url.rsplit("/", 1)[0], check=check)
+            found.source = url
+            return found
         path = Path(path).expanduser()
         file = path
         if path.is_dir():
@@ -159,12 +166,14 @@ class Manifest:
         Raises:
             DataError: another suffix, or a folder where relative paths would point elsewhere.
         """
-        file = Path(path) if path is not None else self.root / MANIFEST_NAME
+        if path is None and isinstance(self.root, str):
+            raise DataError(f"{self.root} is remote; say where to write the manifest")
+        file = Path(path) if path is not None else Path(self.root) / MANIFEST_NAME
         if file.suffix == "":
             file = file / MANIFEST_NAME
         if file.suffix != ".parquet":
             raise DataError(f"a manifest is written as .parquet, not {file.name}")
-        if file.parent.resolve() != self.root.resolve() and not self.table["path"].str.startswith("/").all():
+        if file.parent.resolve() != Path(self.root).resolve() and not self.table["path"].str.startswith("/").all():
             raise DataError(
                 f"{file} would lie outside {self.root}, but its image paths are relative to {self.root}; "
                 "write it there, or make the paths absolute"
@@ -238,9 +247,8 @@ class Manifest:
         """Absolute file of every row; `column` may also be `parse` or another column of files (empty stays empty)."""
         if column not in self.table:
             raise DataError(f"the manifest {self.source} has no column {column!r}; it has {list(self.table.columns)}")
-        prefix = f"{self.root.absolute()}/"
-        values = self.table[column].fillna("").tolist()
-        return [value if value == "" or value[0] == "/" else prefix + value for value in values]
+        prefix = _prefix(self.root)
+        return [_absolute(value, prefix) for value in self.table[column].fillna("").tolist()]
 
     def files(self, column: str = "path") -> Files:
         """Like :meth:`paths`, for millions of rows: a sequence that makes each path when it is asked for."""
@@ -354,11 +362,20 @@ class Manifest:
         return f"Manifest({len(self.table)} images, root={str(self.root)!r})"
 
 
+def _prefix(root: Path | str) -> str:
+    """What stands before a path relative to ``root``, a folder or a URL."""
+    return f"{root}/" if isinstance(root, str) else f"{root.absolute()}/"
+
+
+def _absolute(value: str, prefix: str) -> str:
+    return value if value == "" or value[0] == "/" or is_remote(value) else prefix + value
+
+
 class Files(Sequence[str]):
     """Absolute paths, made one at a time; millions of strings would cost memory in every loader process."""
 
-    def __init__(self, values: pa.Array, root: Path) -> None:
-        self._values, self._prefix = values, f"{root.absolute()}/"
+    def __init__(self, values: pa.Array, root: Path | str) -> None:
+        self._values, self._prefix = values, _prefix(root)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -367,8 +384,7 @@ class Files(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        value = self._values[int(index)].as_py() or ""
-        return value if value == "" or value[0] == "/" else self._prefix + value
+        return _absolute(self._values[int(index)].as_py() or "", self._prefix)
 
     def __len__(self) -> int:
         return len(self._values)

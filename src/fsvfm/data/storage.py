@@ -141,7 +141,7 @@ class _Shard:
     """An open shard; closed when the cache lets go of it."""
 
     def __init__(self, shard: str) -> None:
-        file = fetch(shard) if _URL.match(shard) else Path(shard)
+        file = fetch(shard) if is_remote(shard) else Path(shard)
         try:
             self.descriptor = os.open(file, os.O_RDONLY)
         except OSError as error:
@@ -157,14 +157,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FSVFM_CACHE", Path.home() / ".cache" / "fsvfm")) / "shards"
 
 
-def fetch(url: str) -> Path:
+def is_remote(path: object) -> bool:
+    """Whether a path is a URL, such as ``s3://bucket/folder``."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def fetch(url: str, *, again: bool = False) -> Path:
     """A remote file's local copy, fetched whole if it is not there yet; complete or absent, also among processes.
+
+    Args:
+        url: of the file.
+        again: fetch it even if it is there, since it may have changed (manifests; shards never do).
 
     Raises:
         DataError: the file is absent, or the file system's package is not installed.
     """
     local = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16] / url.rsplit("/", 1)[-1]
-    if local.is_file():
+    if local.is_file() and not again:
         return local
     import fsspec
 

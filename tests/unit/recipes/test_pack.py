@@ -118,3 +118,20 @@ def test_unreadable_images_are_left_out_and_counted(prepared_dir: Path, tmp_path
 def test_impossible_settings(prepared_dir: Path, tmp_path: Path, options: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         pack(prepared_dir, out=tmp_path / "x", **options)
+
+
+def test_a_packed_folder_is_read_from_object_storage(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("FSVFM_CACHE", str(tmp_path / "cache"))
+    fsspec.filesystem("memory").put(f"{packed}/", "/bucket/faces/", recursive=True)
+    here, there = Manifest.read(packed), Manifest.read("memory://bucket/faces")
+    joined = Manifest.concat([there.select(split="train"), here.select(split="test")])
+    for manifest in (there, joined):
+        rows = LabelledFaces(manifest, lambda image: image)
+        place = manifest.table.index[manifest.table["split"] == "train"][3]
+        ours = LabelledFaces(here, lambda image: image)[int(here.table.index[here.table["split"] == "train"][3])]
+        assert not rows[int(place)]["unreadable"]
+        assert torch.equal(rows[int(place)]["image"], ours["image"])
