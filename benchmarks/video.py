@@ -6,6 +6,9 @@ Everything runs on one CPU thread and is measured in CPU seconds, so that other 
 clip is made for the purpose: 300 frames of 1280×720, H.264, in which the photograph (it must show a face) moves before
 a noisy background. Decoding is counted with the reading of the file and the conversion to RGB. The chain is what
 preparation does with a video: decode, detect (dlib HOG, upsampled once), landmarks, crop, PNG.
+
+With MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000 in the environment, the C library keeps the
+memory of one frame for the next one instead of returning it to the system, which is worth some 4 % of the chain.
 """
 
 from __future__ import annotations

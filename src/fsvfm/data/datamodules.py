@@ -47,6 +47,7 @@ class FaceDataModule(pl.LightningDataModule):
     def __init__(self, *, batch_size: int, workers: int, seed: int) -> None:
         super().__init__()
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.row_weights: np.ndarray | None = None  # (N,) of the training rows; None draws each once per epoch
         self._sampler: ResumableSampler | None = None
         self._resume: dict[str, int] = {}
 
@@ -57,7 +58,9 @@ class FaceDataModule(pl.LightningDataModule):
     def sampler(self, rank: int, world_size: int) -> ResumableSampler:
         """Which training rows come when, for one process; by default all of them, once per epoch."""
         length = len(self.training_rows())  # type: ignore[arg-type]
-        return EpochSampler(length, self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
+        return EpochSampler(
+            length, self.batch_size, weights=self.row_weights, seed=self.seed, rank=rank, world_size=world_size
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Loader of this process's share of every epoch."""
@@ -103,6 +106,7 @@ class PretrainData(FaceDataModule):
         crop_scale: area range of a random resized crop with flip; null (papers) uses the whole face.
         need_regions: whether the masking strategy uses facial regions.
         limit: use only the first rows after a seeded shuffle (data-scale ablations); null uses all.
+        weights: share of every data set in the draws, {name: share}, whatever its size; null draws each row once.
         seed: of order and augmentation.
     """
 
@@ -118,6 +122,7 @@ class PretrainData(FaceDataModule):
         crop_scale: tuple[float, float] | None = None,
         need_regions: bool = True,
         limit: int | None = None,
+        weights: dict[str, float] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, seed=seed)
@@ -125,6 +130,8 @@ class PretrainData(FaceDataModule):
         self.manifest = manifest.select(split=split, label=0)
         if limit is not None:
             self.manifest = self.manifest.sample(limit, seed)
+        if weights is not None:
+            self.row_weights = self.manifest.sampling_weights(datasets=weights)
         self.dataset = PretrainFaces(
             self.manifest,
             image_size=image_size,
@@ -149,6 +156,9 @@ class ForgeryData(FaceDataModule):
         workers: loader processes per device.
         augment: values of the ``augment`` group, of which ``crop_scale``, ``flip``, ``rand_augment`` and
             ``saturation`` happen here.
+        balance: ``class`` draws as many reals as fakes, ``method`` moreover all methods equally often; null draws each
+            row once per epoch.
+        weights: share of every data set in the draws, {name: share}, whatever its size; null leaves them.
         seed: of order and augmentation.
     """
 
@@ -161,6 +171,8 @@ class ForgeryData(FaceDataModule):
         batch_size: int,
         workers: int,
         augment: dict[str, Any],
+        balance: str | None = None,
+        weights: dict[str, float] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, seed=seed)
@@ -171,6 +183,8 @@ class ForgeryData(FaceDataModule):
         self.val = manifest.select(split="val")
         self.train.require_both_classes("training")
         self.val.require_both_classes("validation")
+        if balance is not None or weights is not None:
+            self.row_weights = self.train.sampling_weights(balance=balance, datasets=weights)
         transform = train_transform(
             image_size,
             crop_scale=augment["crop_scale"],

@@ -63,15 +63,17 @@ class ResumableSampler(Sampler[list[Draw]]):
 
 
 class EpochSampler(ResumableSampler):
-    """Every row once per epoch.
+    """Every row once per epoch or, with weights, as often as its weight says.
 
     Each epoch is one permutation of all rows, dealt to the processes batch by batch; what does not fill a batch on
     every process is left out of that epoch (another permutation, so other rows, next time). Static batch shapes keep
-    ``torch.compile`` and the effective-batch rule honest.
+    ``torch.compile`` and the effective-batch rule honest. With weights, the N draws of an epoch are a systematic sample:
+    row i comes ⌊N·wᵢ⌋ or ⌈N·wᵢ⌉ times, which varies less than independent draws would.
 
     Args:
         length: number of rows in the data set.
         batch_size: rows per batch and process.
+        weights: (N,) probability of each row to be drawn, summing to 1; None draws each once.
         seed: of the permutations and augmentations.
         rank: index of this process.
         world_size: number of processes.
@@ -80,7 +82,16 @@ class EpochSampler(ResumableSampler):
         DataError: fewer rows than one batch for every process.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        weights: np.ndarray | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         super().__init__(seed=seed, rank=rank, world_size=world_size)
         if length < batch_size * world_size:
             raise DataError(
@@ -88,17 +99,28 @@ class EpochSampler(ResumableSampler):
                 f"{world_size} process(es); lower data.batch_size to at most {length // world_size} or add data"
             )
         self.length, self.batch_size = length, batch_size
+        self.cumulative = None if weights is None else np.cumsum(weights)
 
     def __len__(self) -> int:
         return self.length // (self.batch_size * self.world_size)
 
     def batches(self, epoch: int, start: int) -> Iterator[list[Draw]]:
         """Consecutive pieces of the epoch's permutation."""
-        order = np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.length)
+        rng = np.random.default_rng(derive_seed(self.seed, epoch))
+        if self.cumulative is None:
+            order = rng.permutation(self.length)
+        else:
+            points = (np.arange(self.length) + rng.random()) / self.length
+            rows = np.searchsorted(self.cumulative, points, side="right")
+            order = rng.permutation(np.minimum(rows, self.length - 1))  # rounding may leave the last sum below 1
         per_step = self.batch_size * self.world_size
         for step in range(start, len(self)):
-            rows = order[step * per_step + self.rank * self.batch_size :][: self.batch_size]
-            yield [Draw(int(i), derive_seed(self.seed, epoch, int(i))) for i in rows]
+            place = step * per_step + self.rank * self.batch_size
+            # By place where a row may come twice in an epoch: each time it is augmented anew.
+            yield [
+                Draw(int(i), derive_seed(self.seed, epoch, int(i) if self.cumulative is None else self.length + n))
+                for n, i in enumerate(order[place : place + self.batch_size], place)
+            ]
 
 
 class BalancedSampler(ResumableSampler):

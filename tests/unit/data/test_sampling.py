@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsvfm.data.sampling import BalancedSampler, Draw
+from fsvfm.data.sampling import BalancedSampler, Draw, EpochSampler
 from fsvfm.errors import DataError
 
 
@@ -111,3 +111,29 @@ def test_impossible_samplers_are_refused() -> None:
         BalancedSampler([np.arange(3), np.arange(0)], 4, 10)
     with pytest.raises(DataError, match="no row"):
         BalancedSampler([], 4, 10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 10), min_size=4, max_size=60),
+    seed=st.integers(0, 5),
+)
+def test_weighted_rows_come_as_often_as_their_weight_says(weights: list[float], seed: int) -> None:
+    share = np.array(weights) / np.sum(weights)
+    sampler = EpochSampler(len(share), 1, weights=share, seed=seed)
+    drawn = np.bincount([batch[0].row for batch in sampler], minlength=len(share))
+    assert drawn.sum() == len(share)
+    assert (np.abs(drawn - len(share) * share) < 1 + 1e-9).all()  # floor or ceiling of the expectation
+    draws = [batch[0] for batch in sampler]
+    assert len({draw.seed for draw in draws}) == len(draws)  # a row that comes twice is augmented anew
+
+
+def test_weighted_epochs_are_shared_and_resumed_like_others() -> None:
+    weights = np.array([0.5] + [0.5 / 31] * 31)
+    whole = [draw for batch in EpochSampler(32, 8, weights=weights, seed=2) for draw in batch]
+    parts = [list(EpochSampler(32, 4, weights=weights, seed=2, rank=rank, world_size=2)) for rank in range(2)]
+    dealt = [draw for step in zip(*parts, strict=True) for batch in step for draw in batch]
+    assert dealt == whole
+    again = EpochSampler(32, 8, weights=weights, seed=2)
+    again.set_epoch(0, start=2)
+    assert [draw for batch in again for draw in batch] == whole[16:]

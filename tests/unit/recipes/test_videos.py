@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fsvfm.errors import ConfigError, DataError
+from fsvfm.faces import parse
 from fsvfm.faces.align import reference_points
 from fsvfm.faces.crop import square_crop
 from fsvfm.faces.detect import DlibHOG
@@ -141,6 +142,29 @@ def test_for_pretraining_there_are_parsing_maps_and_grids(face: np.ndarray, tmp_
             grids = prepared.manifest.grids(patch)
             assert grids is not None
             np.testing.assert_array_equal(grids[place], region_grid(labels, patch))
+
+
+class Halves:
+    """A parser that takes batches: the upper half is hair, the lower skin; in the second face nothing is found."""
+
+    def batch(self, faces: np.ndarray) -> list[np.ndarray | None]:
+        labels = np.full(faces.shape[1:3], 1, np.uint8)
+        labels[: len(labels) // 2] = 10
+        return [None if place == 1 else labels for place in range(len(faces))]
+
+
+def test_a_gpu_parses_the_faces_of_all_films_together(
+    face: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(parse.PARSERS, "facer", Halves)
+    entries = [entry(film(tmp_path / f"{name}.mp4", [face] * 2), 2) for name in "ab"]
+    prepared = prepare(tmp_path / "out", entries, size=64, parser="facer")
+    table = prepared.manifest.table
+    assert list(zip(table["video"], table["frame"], strict=True)) == [("video/a", 0), ("video/b", 0), ("video/b", 1)]
+    assert [Path(path).stem for path in table["parse"]] == ["a_frame_0", "b_frame_0", "b_frame_1"]
+    assert prepared.manifest.grids(16) is not None
+    assert [reason for _, _, reason in prepared.tallies[-1].missed] == ["no face parsing"]
 
 
 def test_frames_are_tried_once_each_and_all_if_asked(face: np.ndarray, tmp_path: Path) -> None:
