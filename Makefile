@@ -26,7 +26,7 @@ demo: install  ## portraits → pre-training → two detectors → evaluation �
 	$(BIN)/python -m fsvfm.train experiment=demo_pretrain
 	$(BIN)/python -m fsvfm.train experiment=demo_dfd
 	$(BIN)/python -m fsvfm.train experiment=demo_dfd_adapter
-	$(BIN)/python -m fsvfm.evaluate experiment=demo_dfd
+	$(BIN)/python -m fsvfm.evaluate experiment=demo_dfd protocol=robustness_demo
 	$(BIN)/python -m fsvfm.report
 
 test: install  ## the default test suite
