@@ -83,7 +83,7 @@ def testset_rows(test: Mapping[str, Any]) -> Manifest:
 
     if not prepared(test["manifest"]):
         raise DataError(f"not prepared: no manifest in {Path(test['manifest']).absolute()}; run {test['prepare']}")
-    rows = Manifest.read(test["manifest"]).select(split=test["split"], datasets=test["datasets"])
+    rows = Manifest.read(test["manifest"], extra=["origin"]).select(split=test["split"], datasets=test["datasets"])
     if test["methods"] is not None:
         there = sorted(rows.table.loc[rows.table["label"] == 1, "method"].unique())
         chosen = []
@@ -104,7 +104,7 @@ def _leak_problems(cfg: DictConfig) -> list[str]:
     from fsvfm.data.manifest import Manifest, check_leaks
 
     problems = []
-    trained_on = Manifest.concat([Manifest.read(path) for path in cfg.data.manifests])
+    trained_on = Manifest.concat([Manifest.read(path, extra=["origin"]) for path in cfg.data.manifests])
     for name, test in cfg.testsets.items():
         try:
             for warning in check_leaks(trained_on, testset_rows(test)):

@@ -72,8 +72,8 @@ class LoadedDetector(NamedTuple):
         Double precision keeps very sure scores apart, which float32 would round to 1.
         """
         with torch.inference_mode():
-            images = images.to(self.mean.device, non_blocking=True).float()
-            logits = self.network((images - self.mean) / self.std).logits.double()
+            images = torch.sub(images.to(self.mean.device, non_blocking=True), self.mean).div_(self.std)
+            logits = self.network(images).logits.double()
             fake = self.network.class_order.index("fake")
             return torch.sigmoid(logits[:, fake] - logits[:, 1 - fake])
 
@@ -149,7 +149,7 @@ def predict(
     mine = group.share(len(rows))
     problem, scores = "", np.empty(0)
     try:
-        loader = make_loader(Subset(rows, mine), workers=workers, batch_size=batch_size)  # type: ignore[arg-type]
+        loader = make_loader(Subset(rows, mine), workers=workers, batch_size=batch_size)
         parts: list[torch.Tensor] = []
         for batch in track(loader, description=title, disable=group.rank > 0 or not sys.stderr.isatty()):
             if batch["unreadable"]:
@@ -203,11 +203,11 @@ def _training_rows(source: str, cfg: DictConfig) -> Manifest | None:
     folder = path if path.is_dir() else path.parent
     files = [place / "config.yaml" for place in (folder, folder.parent)]
     file = next((f for f in files if f.is_file()), None)
-    data = OmegaConf.load(file).get("data") if file else None
-    manifests = [p for p in (data or {}).get("manifests", []) if build.prepared(p)]
+    data = OmegaConf.select(OmegaConf.load(file), "data.manifests") if file else None
+    manifests = [path for path in data or [] if build.prepared(path)]
     if not manifests:
         return None
-    return Manifest.concat([Manifest.read(p) for p in manifests])
+    return Manifest.concat([Manifest.read(p, extra=["origin"]) for p in manifests])
 
 
 def _clusters(table: pd.DataFrame) -> str:
@@ -241,10 +241,10 @@ def _calibrated(table: pd.DataFrame, stored: Mapping[str, Any]) -> dict[str, Any
 
 
 def _robustness(
-    detector: LoadedDetector, rows: Manifest, cfg: DictConfig, title: str, group: Processes
+    detector: LoadedDetector, rows: Manifest, names: Sequence[str], cfg: DictConfig, title: str, group: Processes
 ) -> dict[str, Any]:
     """Frame-level metrics of the same rows under every corruption and severity."""
-    variants = [(name, level) for name in cfg.evaluate.corruptions for level in cfg.evaluate.severities]
+    variants = [(name, level) for name in names for level in cfg.evaluate.severities]
     faces = CorruptedFaces(rows, detector.image_size, variants)
     options: dict[str, Any] = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.workers}
     scores = predict(detector, faces, title=f"{title}, corrupted", group=group, **options)
@@ -294,7 +294,9 @@ def evaluate(cfg: DictConfig, chosen: Mapping[str, str], out: Path) -> dict[str,
         for name, test in cfg.testsets.items():
             title = f"{label} on {name}"
             try:
-                table, summary = _evaluate_one(cfg, detector, test, title, group, trained_on, notes)
+                corrupt_too = cfg.evaluate.corrupted_sets is None or name in cfg.evaluate.corrupted_sets
+                variants = list(cfg.evaluate.corruptions) if corrupt_too else []
+                table, summary = _evaluate_one(cfg, detector, test, title, group, trained_on, variants, notes)
                 if table is not None:
                     predictions.append(table.assign(run=label, testset=name))
             except (DataError, MetricError) as error:
@@ -319,6 +321,7 @@ def _evaluate_one(
     title: str,
     group: Processes,
     trained_on: Manifest | None,
+    corruptions: Sequence[str],
     notes: list[str],
 ) -> tuple[pd.DataFrame | None, dict[str, Any]]:
     """Predictions and summary of one detector on one test set; nothing but on the first process."""
@@ -339,8 +342,8 @@ def _evaluate_one(
                 summary |= _calibrated(table, detector.calibration)
         except MetricError as error:
             problem = error  # raised below: the other processes still expect this one at the corrupted images
-    if cfg.evaluate.corruptions:
-        summary["robustness"] = _robustness(detector, rows, cfg, title, group)
+    if corruptions:
+        summary["robustness"] = _robustness(detector, rows, corruptions, cfg, title, group)
     if problem is not None:
         raise problem
     return table, summary

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from fsvfm import cli
+from fsvfm.data.manifest import Manifest
 from fsvfm.errors import ConfigError
 from fsvfm.recipes.engine import Prepared
 from fsvfm.recipes.inspect import inspect
@@ -66,8 +67,8 @@ def _summary(prepared: Prepared) -> str:
         if prepared.plan is not None:
             lines = [prepared.plan.text(), "", *lines]
         return "\n".join([*lines, "", f"Not written: {prepared.root}/manifest.parquet; {prepared.unfinished}"])
-    counts = prepared.manifest.counts().to_string(index=False)
     root = prepared.root
+    counts = Manifest.read(root, extra=()).counts().to_string(index=False)  # without millions of grids
     lines += ["", counts, "", f"Prepared: {root}", f"Look at:  {root}/contact_sheet.png"]
     if any(tally.skipped or tally.missed for tally in prepared.tallies):
         lines.append(f"Skipped:  {root}/skipped.csv")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 
 class Processes(NamedTuple):
-    """This process among those that score together."""
+    """The place of this process among those that score together."""
 
     rank: int
     world: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from fsvfm import export
 from fsvfm.checkpoint import load_checkpoint, write_published
+from fsvfm.data.manifest import Manifest
+from fsvfm.evaluation import load_detector_network, predict_manifest
 from fsvfm.exports import save_export
+from fsvfm.models.detector import build_detector
 from fsvfm.models.pretrain_net import build_networks
 from fsvfm.zoo import ZOO
 
@@ -140,3 +145,99 @@ def test_errors_are_sentences(released: Path, tmp_path: Path, fsvfm_export: Comm
         assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Path:
+    """A random anti-spoofing detector without the quirk, at `detector`; its scores follow the blue of a picture."""
+    torch.manual_seed(0)
+    model = {key: MODEL[key] for key in ("name", "image_size", "patch_size", "dim", "depth", "heads")}
+    model |= {"image_size": 32, "patch_size": 16}
+    tune = {"name": "full", "reduction": 4, "quirk": False}
+    network = build_detector(model, tune, ["real", "fake"], task="antispoof")
+    torch.nn.init.normal_(network.head.embed.weight, std=0.5)
+    meta = {
+        "kind": "detector", "task": "antispoof", "model": model, "tune": tune, "class_order": ["real", "fake"],
+        "mean": [0.5] * 3, "std": [0.25] * 3,
+    }  # fmt: skip
+    return save_export(tmp_path / "detector", network.state_dict(), meta)
+
+
+def test_onnx_with_int8_tells_what_the_auc_does(
+    detector: Path, prepared_dir: Path, tmp_path: Path, fsvfm_export: Command
+) -> None:
+    pytest.importorskip("onnxruntime")
+    done = fsvfm_export("ckpt=detector", "out=onnx", "format=onnx", "quantise=int8", f"check={prepared_dir}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "onnx").iterdir()) == ["model.int8.onnx", "model.onnx"]
+    assert re.search(r"ONNX Runtime agrees with ours: largest difference \d\.\de-\d\d", done.stdout)
+    assert "int8 changes score by" in done.stdout
+    found = dict(re.findall(r"  (onnx|int8): .*AUC ([\d.]+ % → [\d.]+ % \([+-][\d.]+\))", done.stdout))
+    rows = Manifest.read(prepared_dir).select(split="test")
+    table = predict_manifest(load_detector_network("detector"), rows, batch_size=8, workers=0, title="test")
+    assert table is not None
+    auc = 100 * roc_auc_score(table["label"], table["score"])
+    assert found["onnx"] == f"{auc:.2f} % → {auc:.2f} % (+0.00)"
+    assert found["int8"].startswith(f"{auc:.2f} % → ")
+    assert not done.stderr
+
+
+def test_timm_prints_the_line(detector: Path, tmp_path: Path, fsvfm_export: Command) -> None:
+    done = fsvfm_export("ckpt=detector", "out=timm", "format=timm")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "timm").iterdir()) == ["config.json", "model.safetensors"]
+    assert 'checkpoint_path="timm/model.safetensors")' in done.stdout
+    assert "left out 4 tensors" in done.stdout  # of the head
+
+
+def test_torch_export(detector: Path, tmp_path: Path, fsvfm_export: Command) -> None:
+    done = fsvfm_export("ckpt=detector", "out=graph", "format=torch_export")
+    assert done.returncode == 0, done.stderr
+    assert "the file, read again, agrees with ours" in done.stdout
+    assert [p.name for p in (tmp_path / "graph").iterdir()] == ["model.pt2"]
+
+
+def test_the_published_code_scores_antispoofing_without_the_quirk_differently(
+    detector: Path, fsvfm_export: Command
+) -> None:
+    done = fsvfm_export("ckpt=detector", "out=theirs", "format=published")
+    assert done.returncode == 0, done.stderr
+    assert "note: the published code scores this detector differently" in done.stdout
+
+
+def test_a_card_is_written_first_and_published_later(detector: Path, tmp_path: Path, fsvfm_export: Command) -> None:
+    words = ("ckpt=detector", "out=hub", "push_to_hub=me/mine")
+    done = fsvfm_export(*words)
+    assert done.returncode == 1
+    assert "say it with licence=<SPDX identifier>" in done.stderr
+    assert not (tmp_path / "hub").exists() or not any((tmp_path / "hub").iterdir())
+    done = fsvfm_export(*words, "licence=apache-2.0", "card_only=true")
+    assert done.returncode == 0, done.stderr
+    assert "wrote hub/README.md" in done.stdout
+    assert (tmp_path / "hub" / "model.safetensors").is_file()
+    done = fsvfm_export(*words, "licence=apache-2.0")  # there is no network
+    assert done.returncode == 1
+    assert "kept hub/README.md" in done.stdout
+    assert "hub is complete, but it could not be uploaded to me/mine" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("format=onnx", "quantise=int4"), "expected int8"),
+        (("quantise=int8",), "quantise=int8 is for format=onnx"),
+        (("format=timm", "check=x"), "check=… compares"),
+        (("push_to_hub=mine",), "expected <owner>/<name>"),
+        (("push_to_hub=me/mine", "format=onnx"), "leave format=export"),
+        (("card_only=true",), "card_only=… belongs to push_to_hub"),
+        (("licence=mit",), "licence=… belongs to push_to_hub"),
+        (("format=onnx", "check=nowhere"), "nowhere"),
+        (("format=torch",), "expected one of export, published, timm, onnx, torch_export"),
+    ],
+)
+def test_impossible_wishes(words: tuple[str, ...], message: str, detector: Path, fsvfm_export: Command) -> None:
+    done = fsvfm_export("ckpt=detector", "out=x", *words)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -121,3 +122,15 @@ def test_planned_then_made_in_shards_by_one_command_then_inspected(photos: Path,
     assert "5 images, 5 videos, 5 subjects" in look.stdout
     assert (tmp_path / "look.png").is_file()
     assert list(work.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_scale_runs_small(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "scale.py"
+    command = [sys.executable, str(script), "--images", "700", "--files", "--output", str(tmp_path / "scale.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "700 inputs, 700 of them done by an earlier run" in done.stderr
+    assert "0 of 1,400 looked for are missing" in done.stderr
+    numbers = json.loads((tmp_path / "scale.json").read_text())
+    assert set(numbers) == {"images", "prepare", "resume", "epoch", "inspect"}

@@ -126,7 +126,7 @@ class PretrainData(FaceDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, seed=seed)
-        manifest = Manifest.concat([Manifest.read(path) for path in manifests])
+        manifest = Manifest.concat([Manifest.read(path, extra=[f"grid_p{patch_size}", "parse"]) for path in manifests])
         self.manifest = manifest.select(split=split, label=0)
         if limit is not None:
             self.manifest = self.manifest.sample(limit, seed)
@@ -176,7 +176,7 @@ class ForgeryData(FaceDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, seed=seed)
-        manifest = Manifest.concat([Manifest.read(path) for path in manifests])
+        manifest = Manifest.concat([Manifest.read(path, extra=()) for path in manifests])
         if methods is not None:
             manifest = manifest.select(methods=["real", *methods])
         self.train = manifest.select(split="train")

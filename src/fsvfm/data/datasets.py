@@ -27,7 +27,7 @@ class _Rows(Dataset[dict[str, Any]]):
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.paths = manifest.paths()
+        self.paths = manifest.files()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -76,7 +76,8 @@ class PretrainFaces(_Rows):
     ) -> None:
         super().__init__(manifest)
         self.image_size, self.patch_size, self.crop_scale = image_size, patch_size, crop_scale
-        self.parses = manifest.parse_paths()
+        has_parse = "parse" in manifest.table and manifest.table["parse"].ne("").any()
+        self.parses = manifest.files("parse") if has_parse else None
         # Stored grids fit one image size; another size, and random crops, need the parsing map itself.
         stored = manifest.grids(patch_size)
         fits = stored is not None and stored.shape[1] == (image_size // patch_size) ** 2

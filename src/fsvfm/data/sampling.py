@@ -67,8 +67,8 @@ class EpochSampler(ResumableSampler):
 
     Each epoch is one permutation of all rows, dealt to the processes batch by batch; what does not fill a batch on
     every process is left out of that epoch (another permutation, so other rows, next time). Static batch shapes keep
-    ``torch.compile`` and the effective-batch rule honest. With weights, the N draws of an epoch are a systematic sample:
-    row i comes ⌊N·wᵢ⌋ or ⌈N·wᵢ⌉ times, which varies less than independent draws would.
+    ``torch.compile`` and the effective-batch rule honest. With weights, the N draws of an epoch are a systematic
+    sample: row i comes ⌊N·wᵢ⌋ or ⌈N·wᵢ⌉ times, which varies less than independent draws would.
 
     Args:
         length: number of rows in the data set.

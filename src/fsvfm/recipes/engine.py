@@ -59,8 +59,8 @@ _WRITTEN = (*_FILES, *FOLDERS, "stats")  # stats: kept there by training, of the
 _PACKAGES = ("fsvfm", "dlib-bin", "opencv-python-headless", "numpy", "pillow")
 
 
-#: Of the worker processes: one thread each, since together they fill the cores; and glibc keeps a frame's memory for the
-#: next frame instead of giving it back every time, which costs a video's preparation about 4 %.
+#: Of the worker processes: one thread each, since together they fill the cores; and glibc keeps a frame's memory for
+#: the next frame instead of giving it back every time, which costs a video's preparation about 4 %.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": "1000000000",

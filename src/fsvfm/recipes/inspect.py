@@ -84,6 +84,8 @@ def inspect(path: str | Path, out: str | Path | None = None) -> Inspection:
     manifest = Manifest.read(path, extra=["parse"], check=False)
     if len(manifest) == 0:
         raise DataError(f"the manifest {manifest.source} has no rows")
+    if out is None and storage.is_remote(manifest.root):
+        raise DataError(f"{manifest.root} is remote; say where to write the contact sheet, out=<file or folder>")
     files = manifest.files()
     wanted = [files[row] for row in _draw(len(files), FILES_OF)]
     if "parse" in manifest.table:
@@ -92,7 +94,7 @@ def inspect(path: str | Path, out: str | Path | None = None) -> Inspection:
     with ThreadPoolExecutor(16) as pool:  # waiting for a network file system, mostly
         missing = [file for file, there in zip(wanted, pool.map(_is_there, wanted), strict=True) if not there]
         sizes = [size for size in pool.map(_size, [files[row] for row in _draw(len(files), SIZES_OF)]) if size]
-    sheet = Path(out).expanduser() if out is not None else manifest.root
+    sheet = Path(out if out is not None else manifest.root).expanduser()
     if sheet.suffix.lower() != ".png":
         sheet = sheet / "contact_sheet.png"
     sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,8 @@ def _rows(source: Manifest, made: Any, images_per_shard: int) -> Iterator[dict[s
         for (_, row), image, parse in zip(part.iterrows(), values["images"], values["parses"], strict=True):
             if image:
                 packed = {"path": image, **({"parse": parse or ""} if has_parse else {})}
-                yield {**row.to_dict(), "origin": row.get("origin") or row["path"], **packed}
+                kept = {str(column): value for column, value in row.items()}
+                yield {**kept, "origin": row.get("origin") or row["path"], **packed}
 
 
 @dataclass
@@ -139,7 +140,7 @@ class ShardWriter:
             temporary.replace(self.out / name)
         finally:
             temporary.unlink(missing_ok=True)
-        return Product([name], values, missed)
+        return Product([name], values, missed, images=sum(image is not None for image in values["images"]))
 
     def _source(self) -> Manifest:
         if not hasattr(self, "_read"):
