@@ -9,6 +9,7 @@ COMMANDS = {
     "prepare": "raw photographs to face crops, parsing maps and a manifest",
     "train": "pre-train or fine-tune: experiment=<name>",
     "evaluate": "scores, metrics with intervals and tables of detectors on test sets",
+    "predict": "score photographs, videos and folders with a detector",
     "report": "one HTML page about runs and their evaluation",
     "export": "convert checkpoints; `export list` shows the released ones",
 }

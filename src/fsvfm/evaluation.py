@@ -87,7 +87,7 @@ def load_detector_network(source: str, *, device: str | torch.device = "cpu") ->
     checkpoint = load_checkpoint(source)
     if checkpoint.kind != "detector":
         raise CheckpointError(
-            f"{source} holds no detector (kind: {checkpoint.kind}); fine-tune it first, for example "
+            f"{source} is not a detector (its kind: {checkpoint.kind}); fine-tune it first, for example "
             f"`python -m fsvfm.train experiment=demo_dfd model.init={source}`"
         )
     meta = checkpoint.meta

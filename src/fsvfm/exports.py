@@ -145,6 +145,7 @@ def save_export(
         # Copied: safetensors refuses tensors that share storage, and networks may (views, tied layers).
         copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         safetensors.torch.save_file(copies, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # the library makes it readable for its owner only
         text = json.dumps(meta, indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
         old = folder.parent / f".{folder.name}.{os.getpid()}.old"

@@ -73,7 +73,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        export(folder / "checkpoints" / f"{task.exported}.ckpt", folder / "export")
+        export(folder / "checkpoints" / f"{task.exported}.ckpt", folder / "export", dataset=str(cfg.data.name))
     trainer.strategy.barrier("exported")
     calibrate(cfg, data, folder / "export")
 
@@ -146,13 +146,13 @@ def _digests(path: Path) -> dict[str, str]:
     return digests
 
 
-def export(checkpoint: Path, folder: Path) -> None:
-    """Write the small export (safetensors + JSON) of a Lightning checkpoint."""
+def export(checkpoint: Path, folder: Path, *, dataset: str) -> None:
+    """Write the small export (safetensors + JSON) of a Lightning checkpoint, with the data it was trained on."""
     from fsvfm.checkpoint import load_checkpoint
     from fsvfm.exports import save_export
 
     loaded = load_checkpoint(checkpoint)
-    meta = {**loaded.meta, "provenance": {**loaded.meta.get("provenance", {}), "exported": _now()}}
+    meta = {**loaded.meta, "provenance": {**loaded.meta.get("provenance", {}), "dataset": dataset, "exported": _now()}}
     save_export(folder, loaded.state, meta)
     print(f"exported {checkpoint.name} to {folder}", flush=True)
 

@@ -155,7 +155,7 @@ def test_an_encoder_cannot_be_evaluated(tmp_path: Path) -> None:
              if k.startswith("backbone.") and "fc_norm" not in k}  # fmt: skip
     meta = {"kind": "encoder", "task": "pretrain", "model": model, "mean": [0.5] * 3, "std": [0.2] * 3}
     folder = save_export(tmp_path / "encoder", state, meta)
-    with pytest.raises(CheckpointError, match=r"no detector .*fine-tune"):
+    with pytest.raises(CheckpointError, match=r"not a detector .*fine-tune"):
         load_detector_network(str(folder))
 
 

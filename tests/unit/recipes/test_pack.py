@@ -126,8 +126,8 @@ def test_a_packed_folder_is_read_from_object_storage(
     import fsspec
 
     monkeypatch.setenv("FSVFM_CACHE", str(tmp_path / "cache"))
-    fsspec.filesystem("memory").put(f"{packed}/", "/bucket/faces/", recursive=True)
-    here, there = Manifest.read(packed), Manifest.read("memory://bucket/faces")
+    fsspec.filesystem("memory").put(f"{packed}/", f"/bucket/{packed.name}/", recursive=True)
+    here, there = Manifest.read(packed), Manifest.read(f"memory://bucket/{packed.name}")
     joined = Manifest.concat([there.select(split="train"), here.select(split="test")])
     for manifest in (there, joined):
         rows = LabelledFaces(manifest, lambda image: image)

@@ -1,0 +1,710 @@
+"""Scoring photographs and videos: every face found, cropped as in training, scored, and judged at a threshold.
+
+Three numbers must not be confused. A *score* is the network's P(fake). A *probability* is that score after the
+temperature stored in the export; without calibration it is the score itself, and the result says so. A *verdict*
+compares the probability with a threshold:
+
+- ``fake`` if it reaches the threshold, else ``real``;
+- ``uncertain`` where a conformal band is stored and the probability lies in it, or band and threshold disagree;
+- ``no face`` where none was found.
+
+Of a video every face is followed from frame to frame. A track's score is that of its frames put together: their mean
+(the papers'), their mean without the lowest and highest tenth, or the mean of the five highest. The video's verdict is
+that of its most suspicious track among those long enough: seen in at least a quarter as many frames as the longest
+one, so that a face that flickers up once does not decide. A picture's verdict is that of its most suspicious face.
+
+A detector for face anti-spoofing gets aligned chips in place of square crops, and "fake" is an attack.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from scipy.special import expit, logit
+from yaml import YAMLError
+
+from fsvfm.data.transforms import test_transform
+from fsvfm.errors import ConfigError, DataError
+from fsvfm.evaluation import LoadedDetector, load_detector_network
+from fsvfm.faces.align import align, five_points
+from fsvfm.faces.crop import crop as cut
+from fsvfm.faces.crop import square_crop
+from fsvfm.faces.detect import Box, Detection, check_rgb, find_faces, make_detector
+from fsvfm.faces.images import load_image, to_rgb
+from fsvfm.faces.landmarks import Landmarks68
+from fsvfm.faces.sources import WEBCAM, kind_of, readable
+from fsvfm.faces.track import Tracker
+from fsvfm.faces.video import frame_indices, probe, read_frames
+from fsvfm.metrics.calibration import CLIP, apply_temperature
+
+#: Side of a crop relative to the face box, as in training.
+SCALE = 1.3
+
+#: A track decides about a video if it has this share of the longest track's frames.
+LONG_ENOUGH = 0.25
+
+#: A video of which more than this share cannot be read gets an error instead of a verdict.
+UNREADABLE = 0.1
+
+VERDICTS = ("real", "fake", "uncertain", "no face")
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())
+
+
+def _trimmed(values: np.ndarray) -> float:
+    away = len(values) // 10
+    return float(np.sort(values)[away : len(values) - away].mean())
+
+
+def _top_k(values: np.ndarray) -> float:
+    return float(np.sort(values)[-5:].mean())
+
+
+#: Ways of putting the frames of a track together.
+AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {"mean": _mean, "trimmed": _trimmed, "top_k": _top_k}
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass(slots=True)
+class Face:
+    """A face of a picture or frame, or one followed through a video.
+
+    Attributes:
+        id: 0, 1, …: in a picture by the face detector's confidence, in a video by appearance; it stays with the face.
+        box: as the face detector gives it, in pixels; of a track in the frame with its highest probability.
+        score: P(fake) as the network gives it.
+        probability: the calibrated score.
+        verdict: ``real``, ``fake`` or ``uncertain``.
+        members: probability by each member of an ensemble; empty for a single detector.
+        frames: in how many of the scored frames it was seen.
+    """
+
+    id: int
+    box: Box
+    score: float
+    probability: float
+    verdict: str
+    members: dict[str, float] = field(default_factory=dict)
+    frames: int = 1
+
+
+@dataclass(slots=True)
+class Frame:
+    """A scored frame: its number in the video, its time in seconds (None if the file tells no rate), its faces."""
+
+    index: int
+    time: float | None
+    faces: list[Face]
+
+
+@dataclass
+class Prediction:
+    """What is known about one photograph or video; as JSON it follows ``fsvfm/prediction.schema.json``.
+
+    Attributes:
+        source: the file, or what stands for it.
+        kind: ``photo``, ``video`` or ``webcam``.
+        verdict: one of :data:`VERDICTS`; None if it could not be scored.
+        score: of the face that decides; None without a face.
+        probability: likewise, calibrated.
+        faces: of the picture; of a video one per track, put together over its frames.
+        frames: what was scored of a video, in order; one frame for a photograph.
+        threshold: where the verdict comes from, see :meth:`Threshold.describe`.
+        aggregate: how frames of a track were put together.
+        notes: what a reader must know.
+        error: why it could not be scored; None if it was.
+    """
+
+    source: str
+    kind: str
+    verdict: str | None = None
+    score: float | None = None
+    probability: float | None = None
+    faces: list[Face] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    threshold: dict[str, Any] | None = None
+    aggregate: str = "mean"
+    notes: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def decisive(self) -> Face | None:
+        """The face that the verdict is about."""
+        return max(_long_enough(self.faces), key=lambda face: face.probability, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(self)
+        for faces in (values["faces"], *(frame["faces"] for frame in values["frames"])):
+            for face in faces:
+                face["box"] = [int(side) for side in face["box"]]
+        return {**values, "source": readable(self.source)}
+
+
+def _long_enough(faces: Sequence[Face]) -> list[Face]:
+    longest = max((face.frames for face in faces), default=0)
+    return [face for face in faces if face.frames >= LONG_ENOUGH * longest]
+
+
+# ----------------------------------------------------------------------------------------------------------- threshold
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A limit on the probability, with what is known about its errors.
+
+    Attributes:
+        name: ``eer``, ``fpr_1``, ``fpr_5``, or ``number`` for one that the user gave.
+        value: fake is decided at or above it.
+        fpr: share of real faces called fake where it was measured; None if it never was.
+        fnr: share of fakes called real, likewise.
+        origin: what it was measured on, or why it was not, in words.
+        level: what was judged there, ``frame`` or ``video``; None if it was not measured.
+        note: what limits these rates; empty if nothing does.
+        band: ``alpha``, ``low`` and ``high`` of the conformal band; None without one.
+        calibrated: whether probabilities are calibrated.
+    """
+
+    name: str
+    value: float
+    origin: str
+    fpr: float | None = None
+    fnr: float | None = None
+    level: str | None = None
+    note: str = ""
+    band: dict[str, float] | None = None
+    calibrated: bool = False
+
+    def verdict(self, probability: float) -> str:
+        """``real``, ``fake`` or ``uncertain``; with a band, what the threshold's and the band's guarantees allow."""
+        low, high = (self.band["low"], self.band["high"]) if self.band else (math.inf, -math.inf)
+        if self.band and low <= probability <= high:
+            return "uncertain"
+        if probability >= self.value:
+            return "fake" if probability > high else "uncertain"
+        return "real" if probability < low else "uncertain"
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """One sentence for people."""
+        share = f"{self.value:.3f}" if self.name == "number" else f"{self.name} = {self.value:.3f}"
+        if self.fpr is None or self.fnr is None:
+            return f"Verdict at threshold {share}; its error rates are unknown: {self.origin}."
+        what = {"frame": "faces", "video": "videos"}.get(str(self.level), "samples")
+        text = (
+            f"Verdict at threshold {share}, which calls {self.fpr:.1%} of real {what} fake and {self.fnr:.1%} of fake "
+            f"{what} real, measured on {self.origin}."
+        )
+        return text + (f" {self.note}." if self.note else "")
+
+
+def choose_threshold(members: Sequence[LoadedDetector], asked: str | float) -> Threshold:
+    """The threshold for one detector or for an ensemble.
+
+    Args:
+        members: one has the thresholds of its calibration; several the mean of theirs, in logits, whose error rates
+            nobody has measured.
+        asked: ``eer``, ``fpr_1``, ``fpr_5``, or a number from 0 to 1. Without calibration ``eer`` is 0.5.
+
+    Raises:
+        ConfigError: an unknown name, or an error rate that a detector without calibration cannot promise.
+    """
+    stored = [member.calibration for member in members]
+    calibrated = all(stored)
+    band = stored[0].get("conformal") if len(stored) == 1 and stored[0] else None
+    shared: dict[str, Any] = {
+        "calibrated": calibrated,
+        "band": {name: float(band[name]) for name in ("alpha", "low", "high")} if band else None,
+    }
+    if (number := _number(asked)) is not None:
+        if not 0 <= number <= 1:
+            raise ConfigError(f"threshold={asked}: a threshold on P(fake) lies between 0 and 1")
+        return Threshold("number", number, "a number given by the user", **shared)
+    name = str(asked)
+    if name not in ("eer", "fpr_1", "fpr_5"):
+        raise ConfigError(f"threshold={name!r}: expected eer, fpr_1, fpr_5 or a number from 0 to 1")
+    without = [m.checkpoint.source for m, calibration in zip(members, stored, strict=True) if not calibration]
+    if without:
+        if name != "eer":
+            raise ConfigError(
+                f"threshold={name} needs calibration, and {', '.join(without)} has none: take a number, threshold=eer "
+                "(0.5 without calibration), or calibrate it: python -m fsvfm.export ckpt=… out=… calibrate=<data>"
+            )
+        whose = "a member of the ensemble" if len(members) > 1 else "the detector"
+        return Threshold(name, 0.5, f"{whose} is not calibrated, so 0.5 is used", **shared)
+    points = [calibration["thresholds"][name] for calibration in stored if calibration]
+    if len(points) > 1:
+        value = float(expit(np.mean([logit(np.clip(point["threshold"], CLIP, 1 - CLIP)) for point in points])))
+        origin = "the mean of the members' thresholds (in logits), never measured for the ensemble"
+        return Threshold(name, value, origin, **shared)
+    calibration, point = stored[0] or {}, points[0]
+    return Threshold(
+        name,
+        float(point["threshold"]),
+        str(calibration["source"]),
+        fpr=float(point["fpr"]),
+        fnr=float(point["fnr"]),
+        level=str(calibration.get("level", "frame")),
+        note=str(point.get("note", "")),
+        **shared,
+    )
+
+
+def _number(value: str | float) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------- predictor
+
+
+class Predictor:
+    """Finds, crops and scores faces with one detector, or with several whose calibrated logits are averaged.
+
+    Args:
+        members: name → detector, all of one task.
+        face_detector: name of the face detector; the papers' is ``dlib_hog``.
+        threshold: see :func:`choose_threshold`.
+        max_side: pictures with a longer side are shrunk to this for the face detector only; None searches them as
+            they are (the papers).
+        batch_size: faces per forward pass, and the most that are kept of a video.
+
+    Attributes:
+        members: the detectors.
+        names: their names.
+        task: ``forgery`` or ``antispoof``.
+        threshold: where verdicts come from.
+        notes: what a reader of every result must know.
+
+    Raises:
+        ConfigError: no detector, detectors of different tasks, an unknown face detector or threshold.
+        FaceModelError: a model for finding faces is missing.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, LoadedDetector],
+        *,
+        face_detector: str = "dlib_hog",
+        threshold: str | float = "eer",
+        max_side: int | None = 1280,
+        batch_size: int = 32,
+    ) -> None:
+        if not members:
+            raise ConfigError("no detector to score with; give at least one checkpoint")
+        tasks = {name: member.checkpoint.meta["task"] for name, member in members.items()}
+        if len(set(tasks.values())) > 1:
+            listed = ", ".join(f"{name} ({task})" for name, task in tasks.items())
+            raise ConfigError(f"detectors of different tasks cannot be averaged: {listed}")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
+        self.names, self.members = list(members), list(members.values())
+        self.task = next(iter(tasks.values()))
+        self.threshold = choose_threshold(self.members, threshold)
+        self.face_detector, self.max_side, self.batch_size = face_detector, max_side, batch_size
+        self.notes = [note for name, member in members.items() for note in _remarks(name, member)]
+        self._detect = make_detector(face_detector)
+        self._landmarks = Landmarks68() if self.task == "antispoof" else None
+        self._transforms = {size: test_transform(size) for size in {member.image_size for member in self.members}}
+
+    # ------------------------------------------------------------------------------------------------------- faces
+
+    def crops(self, image: np.ndarray) -> list[tuple[Box, np.ndarray]]:
+        """Faces of a picture, cut as in training.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+
+        Returns:
+            For every face, the most confident first, its box and its crop (S, S, 3) uint8 of its own size.
+
+        Raises:
+            DataError: not such an image.
+        """
+        return [(found.box, face) for found, face in self._faces(image)]
+
+    def crop(self, image: np.ndarray, box: Box | Sequence[int]) -> np.ndarray:
+        """One face, cut as in training: (S, S, 3) uint8.
+
+        Raises:
+            DataError: not an image of shape (H, W, 3) uint8, or a box that leaves nothing to cut.
+        """
+        check_rgb(image)
+        box = Box(*box)
+        if self._landmarks is not None:
+            return align(image, five_points(self._landmarks(image, box))).image
+        return cut(image, *square_crop(box, image.shape[1], image.shape[0], SCALE))
+
+    def _faces(self, image: np.ndarray) -> list[tuple[Detection, np.ndarray]]:
+        faces = []
+        for found in find_faces(self._detect, image, self.max_side):
+            try:
+                faces.append((found, self.crop(image, found.box)))
+            except DataError:  # a box beyond the edge, landmarks in one point: nothing there to score
+                continue
+        return faces
+
+    def member_scores(self, faces: Sequence[np.ndarray]) -> np.ndarray:
+        """Raw P(fake) of crops by every member.
+
+        Args:
+            faces: crops (H, W, 3) uint8 RGB of any size.
+
+        Returns:
+            (N, M) float64.
+
+        Raises:
+            DataError: not such crops.
+        """
+        for face in faces:
+            check_rgb(face)
+        return self._member_scores([self._prepared(face) for face in faces])
+
+    def score_faces(self, faces: Sequence[np.ndarray]) -> np.ndarray:
+        """Calibrated P(fake) of crops.
+
+        Args:
+            faces: crops (H, W, 3) uint8 RGB of any size.
+
+        Returns:
+            (N,) float64 in [0, 1].
+
+        Raises:
+            DataError: not such crops.
+        """
+        return self._combined(self.member_scores(faces))[1]
+
+    def _prepared(self, face: np.ndarray) -> dict[int, np.ndarray]:
+        """A crop in the sizes that the members take; a large crop need not be kept."""
+        return {size: transform(face) for size, transform in self._transforms.items()}
+
+    def _member_scores(self, faces: Sequence[Mapping[int, np.ndarray]]) -> np.ndarray:
+        scores = np.empty((len(faces), len(self.members)))
+        for start in range(0, len(faces), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            for column, member in enumerate(self.members):
+                images = np.stack([face[member.image_size] for face in faces[rows]]).transpose(0, 3, 1, 2)
+                scores[rows, column] = member.score(torch.from_numpy(np.ascontiguousarray(images))).cpu().numpy()
+        return scores
+
+    def _combined(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(N, M) raw scores to score (N,), probability (N,) and every member's probability (N, M)."""
+        if not np.isfinite(raw).all():
+            names = [name for name, column in zip(self.names, raw.T, strict=True) if not np.isfinite(column).all()]
+            raise DataError(f"{', '.join(names)} gave scores that are not finite; is the checkpoint damaged?")
+        members = np.stack(
+            [
+                apply_temperature(column, member.calibration["temperature"]) if member.calibration else column
+                for column, member in zip(raw.T, self.members, strict=True)
+            ],
+            axis=1,
+        )
+        if raw.shape[1] == 1:
+            return raw[:, 0], members[:, 0], members
+        means = [expit(logit(np.clip(values, CLIP, 1 - CLIP)).mean(axis=1)) for values in (raw, members)]
+        return means[0], means[1], members
+
+    # ------------------------------------------------------------------------------------------------------ inputs
+
+    def predict(
+        self,
+        x: str | Path | np.ndarray | Image.Image,
+        *,
+        frames: int = 32,
+        aggregate: str = "mean",
+        crop: bool = True,
+        advance: Callable[[int, int], None] | None = None,
+    ) -> Prediction:
+        """Score a photograph or a video.
+
+        Args:
+            x: a file, ``webcam:0``, a Pillow picture, or an array (H, W, 3) uint8 RGB.
+            frames: how many of a video, evenly spaced; 0 takes all. Of a camera the next ones; 0 until interrupted.
+            aggregate: how the frames of a track are put together, a key of :data:`AGGREGATES`.
+            crop: False takes pictures that are face crops already, whole.
+            advance: called with the numbers of frames done and in all, as a video is scored.
+
+        Raises:
+            DataError: the input cannot be read, or more than a tenth of a video cannot.
+            ConfigError: an unknown aggregate or an impossible number of frames.
+        """
+        if aggregate not in AGGREGATES:
+            raise ConfigError(f"aggregate={aggregate!r}: expected one of {', '.join(AGGREGATES)}")
+        if frames < 0:
+            raise ConfigError(f"frames={frames}: expected 0 (all) or more")
+        if not isinstance(x, str | Path):
+            image = to_rgb(x, "the picture") if isinstance(x, Image.Image) else x
+            return self._photo(image, getattr(x, "filename", "") or "picture", crop)
+        kind = kind_of(x)
+        if kind == "photo":
+            prediction = self._photo(load_image(x), str(x), crop)
+            prediction.notes += _animation(x)
+            return prediction
+        if kind == "video":
+            return self._video(str(x), frames, aggregate, crop, advance)
+        # One by one: what is waiting in a batch would be lost when the recording is interrupted.
+        found = self._scored(_camera(str(x), frames), crop, _of(advance, frames), batch=1)
+        return self._followed(str(x), kind, list(_until_interrupted(found)), aggregate, [])
+
+    def failed(self, source: str, kind: str, error: str) -> Prediction:
+        """The result of an input that cannot be scored."""
+        return Prediction(source, kind, threshold=self.threshold.describe(), notes=list(self.notes), error=error)
+
+    def _photo(self, image: np.ndarray, source: str, crop: bool) -> Prediction:
+        check_rgb(image)
+        (frame,) = self._scored([(0, None, image)], crop)
+        faces = frame.faces
+        for number, face in enumerate(faces):
+            face.id = number  # the tracker's own ids mean nothing in a single picture
+        return self._judged(Prediction(source, "photo", faces=faces, frames=[frame]), [])
+
+    def _video(
+        self, source: str, frames: int, aggregate: str, crop: bool, advance: Callable[[int, int], None] | None
+    ) -> Prediction:
+        info = probe(source)
+        indices = frame_indices(info.frames, frames)
+        problems: list[str] = []
+
+        def wanted() -> Iterator[tuple[int, float | None, np.ndarray]]:
+            try:
+                for index, image in read_frames(source, indices):
+                    yield index, index / info.rate if info.rate else None, image
+            except DataError as error:
+                problems.append(str(error))
+
+        done = list(self._scored(wanted(), crop, _of(advance, len(indices))))
+        absent = max(info.claimed - info.frames, 0) / max(info.claimed, 1)
+        missed = len(indices) - len(done)
+        if not done or absent > UNREADABLE or missed > UNREADABLE * len(indices):
+            raise DataError(
+                problems[0]
+                if problems
+                else f"{readable(source)} is truncated: it holds {info.frames} of {info.claimed} frames. Fetch it again"
+            )
+        notes = [f"{missed} of {len(indices)} frames could not be read"] if missed else []
+        if absent:
+            notes.append(f"the file holds {info.frames} of the {info.claimed} frames that it claims")
+        return self._followed(source, "video", done, aggregate, notes)
+
+    def _scored(
+        self,
+        images: Iterable[tuple[int, float | None, np.ndarray]],
+        crop: bool,
+        advance: Callable[[int], None] | None = None,
+        batch: int | None = None,
+    ) -> Iterator[Frame]:
+        """Score frames as they come: never more than a batch of small faces is kept."""
+        tracker = Tracker()
+        waiting: list[tuple[Frame, list[tuple[int, Box]]]] = []
+        faces: list[dict[int, np.ndarray]] = []
+        number = 0
+        for number, (index, time, image) in enumerate(images, start=1):
+            found = self._faces(image) if crop else [_whole(image)]
+            ids = tracker([detection for detection, _ in found])
+            waiting.append((Frame(index, time, []), [(i, d.box) for i, (d, _) in zip(ids, found, strict=True)]))
+            faces += [self._prepared(face) for _, face in found]
+            if max(len(faces), len(waiting)) >= (batch or self.batch_size):
+                yield from self._finish(waiting, faces)
+                waiting, faces = [], []
+            if advance is not None:
+                advance(number)
+        yield from self._finish(waiting, faces)
+
+    def _finish(
+        self, waiting: Sequence[tuple[Frame, list[tuple[int, Box]]]], faces: Sequence[Mapping[int, np.ndarray]]
+    ) -> Iterator[Frame]:
+        score, probability, members = self._combined(self._member_scores(faces))
+        place = 0
+        for frame, found in waiting:
+            for identity, box in found:
+                frame.faces.append(
+                    self._face(identity, box, float(score[place]), float(probability[place]), members[place])
+                )
+                place += 1
+            yield frame
+
+    def _face(
+        self, identity: int, box: Box, score: float, probability: float, members: np.ndarray, frames: int = 1
+    ) -> Face:
+        named = dict(zip(self.names, members.tolist(), strict=True)) if len(self.names) > 1 else {}
+        return Face(identity, box, score, probability, self.threshold.verdict(probability), named, frames)
+
+    def _followed(
+        self, source: str, kind: str, frames: list[Frame], aggregate: str, notes: Sequence[str]
+    ) -> Prediction:
+        """The result of a video from its scored frames."""
+        tracks: dict[int, list[Face]] = {}
+        for frame in frames:
+            for face in frame.faces:
+                tracks.setdefault(face.id, []).append(face)
+        together = AGGREGATES[aggregate]
+        faces = []
+        for identity, seen in sorted(tracks.items()):
+            values = np.array([[face.score, face.probability, *face.members.values()] for face in seen])
+            score, probability, *members = (together(column) for column in values.T)
+            box = max(seen, key=lambda face: face.probability).box
+            faces.append(self._face(identity, box, score, probability, np.array(members or [probability]), len(seen)))
+        prediction = Prediction(source, kind, faces=faces, frames=frames, aggregate=aggregate)
+        return self._judged(prediction, notes)
+
+    def _judged(self, prediction: Prediction, notes: Sequence[str]) -> Prediction:
+        prediction.threshold = self.threshold.describe()
+        prediction.notes = [*self.notes, *notes]
+        face = prediction.decisive
+        prediction.verdict = "no face" if face is None else face.verdict
+        if face is not None:
+            prediction.score, prediction.probability = face.score, face.probability
+        return prediction
+
+
+def _of(advance: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
+    """Progress with the total filled in."""
+    return None if advance is None else (lambda done: advance(done, total))
+
+
+def _whole(image: np.ndarray) -> tuple[Detection, np.ndarray]:
+    """A picture that is a face crop already."""
+    return Detection(Box(0, 0, image.shape[1], image.shape[0]), 0.0), image
+
+
+def _animation(path: str | Path) -> list[str]:
+    try:
+        with Image.open(path) as image:
+            several = image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # the picture itself was read; how many follow it is not worth an error
+        return []
+    return ["it holds several pictures; only the first one was scored"] if several else []
+
+
+def _camera(source: str, frames: int) -> Iterator[tuple[int, float | None, np.ndarray]]:
+    """Frames of a camera with the time since the first, until so many were read or the camera stops."""
+    import time
+
+    import cv2
+
+    camera = cv2.VideoCapture(int(source.removeprefix(WEBCAM)))
+    try:
+        start, index = time.monotonic(), 0
+        while frames == 0 or index < frames:
+            read, image = camera.read()
+            if not read:
+                if index == 0:
+                    raise DataError(f"{source}: no camera answers there; is it connected, and may it be used?")
+                return
+            yield index, time.monotonic() - start, cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            index += 1
+    finally:
+        camera.release()
+
+
+def _until_interrupted(frames: Iterator[Frame]) -> Iterator[Frame]:
+    try:
+        yield from frames
+    except KeyboardInterrupt:  # Ctrl-C is how one ends a recording
+        return
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_detector(
+    source: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    device: str = "auto",
+    face_detector: str = "dlib_hog",
+    threshold: str | float = "eer",
+    max_side: int | None = 1280,
+    batch_size: int = 32,
+) -> Predictor:
+    """Load a detector, or an ensemble, for photographs and videos.
+
+    Args:
+        source: an export, a run folder, a released checkpoint, ``hf://…`` or ``zoo:…``; several, or name → checkpoint,
+            make an ensemble.
+        device: ``cpu``, ``cuda`` or ``auto`` (the GPU where there is one).
+        face_detector: name of the face detector.
+        threshold: ``eer``, ``fpr_1``, ``fpr_5`` or a number; see :func:`choose_threshold`.
+        max_side: see :class:`Predictor`.
+        batch_size: faces per forward pass.
+
+    Raises:
+        CheckpointError: no detector there, or it lacks its normalisation.
+        ConfigError: as :class:`Predictor`; a device that does not exist.
+        FaceModelError: as :class:`Predictor`.
+    """
+    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+        raise ConfigError(f"device={device!r}: expected auto, cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={device}: no CUDA device here; device=cpu works everywhere")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    members = {name: load_detector_network(path, device=device) for name, path in member_sources(source).items()}
+    predictor = Predictor(
+        members, face_detector=face_detector, threshold=threshold, max_side=max_side, batch_size=batch_size
+    )
+    for note in predictor.notes:
+        warnings.warn(note, stacklevel=2)
+    return predictor
+
+
+def member_sources(source: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str]:
+    """Name → checkpoint; what has no name is called after its run folder or file."""
+    if isinstance(source, Mapping):
+        return {str(name): str(path) for name, path in source.items()}
+    named: dict[str, str] = {}
+    for path in [source] if isinstance(source, str | Path) else source:
+        parts = [part for part in Path(str(path)).with_suffix("").parts if part not in ("export", "checkpoints", "/")]
+        base = parts[-1] if parts else str(path)
+        name, number = base, 1
+        while name in named:
+            number += 1
+            name = f"{base}_{number}"
+        named[name] = str(path)
+    return named
+
+
+def _remarks(name: str, member: LoadedDetector) -> list[str]:
+    """What every reader of a detector's results must know."""
+    if not _is_demo(member):
+        return []
+    return [
+        f"{name} is a demo detector: minutes of training on a few hundred faces with coarse forgeries made by this "
+        "software. Its numbers show that everything works and say nothing about this picture"
+    ]
+
+
+def _is_demo(member: LoadedDetector) -> bool:
+    """Whether a detector was trained on the demo's data, as far as the export or the run folder around it tells."""
+    provenance = member.checkpoint.meta.get("provenance") or {}
+    told = [provenance.get("dataset"), provenance.get("data"), _trained_on(member.checkpoint.source)]
+    told.append(((provenance.get("hyper_parameters") or {}).get("model") or {}).get("init"))
+    return any(part.startswith("demo_") for text in told if isinstance(text, str) for part in Path(text).parts)
+
+
+def _trained_on(source: str) -> str | None:
+    """Name of the data of the run that a checkpoint lies in, where there is such a folder around it."""
+    for folder in list(Path(source).expanduser().absolute().parents)[:2]:
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+            return str(config["data"]["name"])  # type: ignore[call-overload, index]
+        except (OSError, YAMLError, KeyError, TypeError):  # no run, or a file of another program
+            continue
+    return None

@@ -1,0 +1,444 @@
+"""Scores of photographs and videos: what evaluation would say, judged at thresholds with known errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tracemalloc
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.special import expit, logit
+from scipy.stats import trim_mean
+
+import miniatures
+from fsvfm.checkpoint import save_export
+from fsvfm.data.manifest import Manifest
+from fsvfm.errors import CheckpointError, ConfigError, DataError
+from fsvfm.evaluation import calibrate_export, load_detector_network, predict_manifest
+from fsvfm.faces.detect import Box
+from fsvfm.faces.images import load_image
+from fsvfm.faces.video import frame_indices, read_frames, write_video
+from fsvfm.metrics.calibration import apply_temperature
+from fsvfm.prediction import AGGREGATES, Face, Prediction, Predictor, Threshold, load_detector
+from fsvfm.recipes.photos import FaceExtractor
+from json_schema import violations
+from tiny_detector import write_detector
+
+SCHEMA = json.loads((resources.files("fsvfm") / "prediction.schema.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_detector(tmp_path_factory.mktemp("plain") / "export")
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, prepared_dir: Path) -> Path:
+    """A detector with temperature, thresholds and no band."""
+    folder = write_detector(tmp_path_factory.mktemp("run") / "calibrated", size=48, seed=1, mean=0.3)
+    rows = Manifest.read(prepared_dir).select(split="train")
+    calibrate_export(folder, rows, source="training people", conformal_alpha=None, batch_size=16, workers=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(export: Path) -> Predictor:
+    return load_detector(export)
+
+
+@pytest.fixture(scope="module")
+def couple(media_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A photograph of two people, as PNG."""
+    file = tmp_path_factory.mktemp("photos") / "two people.png"
+    Image.fromarray(np.hstack(miniatures.faces(media_dir)[:2])).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def clip(media_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two people side by side, 12 frames; the second one leaves after three."""
+    left, right = miniatures.faces(media_dir)[:2]
+    file = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    frames = (np.hstack([np.roll(left, n % 3, axis=1), right if n < 3 else np.full_like(right, 90)]) for n in range(12))
+    write_video(file, frames, rate=10, crf=10)
+    return file
+
+
+def valid(prediction: Prediction) -> dict[str, Any]:
+    record = json.loads(json.dumps(prediction.to_dict(), allow_nan=False))
+    assert violations(record, SCHEMA) == []
+    return record
+
+
+# ------------------------------------------------------------------------------------------- the same as in evaluation
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_cropped_image_gets_the_score_of_evaluation(
+    predictor: Predictor, prepared_dir: Path, tmp_path: Path, suffix: str
+) -> None:
+    rows = Manifest.read(prepared_dir).select(split="test").table.reset_index(drop=True)
+    files = []
+    for number, path in enumerate(Manifest.read(prepared_dir).select(split="test").paths()):
+        # Larger than the network's input, so that the transform has something to do.
+        picture = Image.open(path).resize((101, 101), Image.Resampling.BICUBIC)
+        files.append(str(tmp_path / f"{number}{suffix}"))
+        picture.save(files[-1], quality=85)
+    manifest = Manifest(rows.assign(path=files, parse=""), tmp_path)
+    expected = predict_manifest(predictor.members[0], manifest, batch_size=5, workers=0, title="x")
+    assert expected is not None
+    found = [predictor.predict(file, crop=False) for file in files]
+    np.testing.assert_allclose([each.score for each in found], expected["score"], atol=1e-6)
+    assert expected["score"].std() > 1e-3
+    assert found[0].faces[0].box == (0, 0, 101, 101)
+
+
+@pytest.mark.parametrize("task", ["forgery", "antispoof"])
+def test_faces_are_cut_as_in_preparation(task: str, media_dir: Path, couple: Path, tmp_path: Path) -> None:
+    predictor = load_detector(write_detector(tmp_path / "export", task=task))
+    image = load_image(couple)
+    worker = FaceExtractor(tmp_path, size=None, parser=None, align=task == "antispoof")
+    boxes = [found.box for found in worker.detect(image)]
+    scores = []
+    for number, box in enumerate(boxes):
+        worker.save_face(image, box, str(number))
+        scores.append(predictor.members[0].score(_batch(tmp_path / "images" / f"{number}.png")).item())
+    found = predictor.predict(couple)
+    assert len(boxes) == 2
+    assert [face.box for face in found.faces] == boxes
+    np.testing.assert_allclose([face.score for face in found.faces], scores, atol=1e-6)
+    for (box, crop), face in zip(predictor.crops(image), found.faces, strict=True):
+        assert box == face.box
+        np.testing.assert_allclose(predictor.score_faces([crop]), [face.probability], atol=1e-6)
+
+
+def _batch(file: Path, size: int = 64) -> Any:
+    picture = Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())[None]
+
+
+def test_files_arrays_and_pillow_pictures_agree(predictor: Predictor, couple: Path) -> None:
+    from_file = predictor.predict(couple)
+    image = load_image(couple)
+    turned = Image.fromarray(np.rot90(image, 1))  # what a camera held sideways stores, with a note to turn it back
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.info["exif"] = exif.tobytes()
+    turned.getexif()[0x0112] = 6
+    for other in (image, Image.open(couple), turned):
+        again = predictor.predict(other)
+        assert [face.score for face in again.faces] == [face.score for face in from_file.faces]
+    assert valid(from_file)["source"].endswith("two people.png")
+    with pytest.raises(DataError, match="uint8"):
+        predictor.predict(np.zeros((8, 8, 3)))
+
+
+def test_a_picture_is_as_suspicious_as_its_most_suspicious_face(predictor: Predictor, couple: Path) -> None:
+    found = predictor.predict(couple)
+    assert [face.id for face in found.faces] == [0, 1]
+    assert found.probability == max(face.probability for face in found.faces)
+    assert found.probability != min(face.probability for face in found.faces)
+    assert found.decisive is not None
+    assert found.verdict == found.decisive.verdict
+    assert found.frames[0].faces == found.faces
+    nobody = predictor.predict(np.full((80, 80, 3), 127, np.uint8))
+    assert (nobody.verdict, nobody.score, nobody.faces) == ("no face", None, [])
+    valid(nobody)
+
+
+# ---------------------------------------------------------------------------------------------------------- of a video
+
+
+def test_a_video_is_followed_face_by_face(predictor: Predictor, clip: Path) -> None:
+    found = predictor.predict(clip, frames=0)
+    valid(found)
+    assert [frame.index for frame in found.frames] == list(range(12))
+    assert found.frames[5].time == pytest.approx(0.5)
+    assert sorted(face.frames for face in found.faces) == [3, 12]
+    for track in found.faces:
+        seen = [face for frame in found.frames for face in frame.faces if face.id == track.id]
+        assert track.score == pytest.approx(np.mean([face.score for face in seen]))
+        assert track.box == max(seen, key=lambda face: face.probability).box
+    # A frame's score is that of the same picture alone.
+    images = dict(read_frames(clip, [4]))
+    assert found.frames[4].faces[0].score == pytest.approx(predictor.predict(images[4]).faces[0].score, abs=1e-6)
+    sparse = predictor.predict(clip, frames=5)
+    assert [frame.index for frame in sparse.frames] == frame_indices(12, 5)
+
+
+def test_batches_change_nothing(export: Path, predictor: Predictor, clip: Path) -> None:
+    whole = predictor.predict(clip, frames=0).to_dict()
+    for size in (1, 5):
+        other = load_detector(export, batch_size=size).predict(clip, frames=0).to_dict()
+        for a, b in zip(whole["frames"], other["frames"], strict=True):
+            assert [face["id"] for face in a["faces"]] == [face["id"] for face in b["faces"]]
+            np.testing.assert_allclose(
+                [face["score"] for face in a["faces"]], [face["score"] for face in b["faces"]], atol=1e-6
+            )
+
+
+def test_a_flicker_does_not_decide_about_a_video() -> None:
+    def face(number: int, probability: float, frames: int) -> Face:
+        return Face(number, Box(0, 0, 9, 9), probability, probability, "real", frames=frames)
+
+    faces = [face(0, 0.2, 32), face(1, 0.99, 7), face(2, 0.6, 8), face(3, 0.1, 30)]
+    decisive = Prediction("x", "video", faces=faces).decisive
+    assert decisive is not None
+    assert decisive.id == 2
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
+def test_aggregates(values: list[float]) -> None:
+    scores = np.array(values)
+    assert AGGREGATES["mean"](scores) == pytest.approx(np.mean(scores))
+    assert AGGREGATES["trimmed"](scores) == pytest.approx(trim_mean(scores, 0.1))
+    assert AGGREGATES["top_k"](scores) == pytest.approx(np.mean(sorted(values, reverse=True)[:5]))
+
+
+def test_aggregates_are_chosen_by_name(predictor: Predictor, clip: Path) -> None:
+    found = {name: predictor.predict(clip, frames=0, aggregate=name, crop=False) for name in AGGREGATES}
+    scores = np.array([frame.faces[0].score for frame in found["mean"].frames])
+    assert np.ptp(scores) > 1e-4
+    assert found["mean"].score == pytest.approx(scores.mean())
+    assert found["trimmed"].score == pytest.approx(np.sort(scores)[1:-1].mean())
+    assert found["top_k"].score == pytest.approx(np.sort(scores)[-5:].mean())
+    with pytest.raises(ConfigError, match="mean, trimmed, top_k"):
+        predictor.predict(clip, aggregate="median")
+    with pytest.raises(ConfigError, match="frames=-1"):
+        predictor.predict(clip, frames=-1)
+
+
+def test_a_long_video_takes_no_more_memory(predictor: Predictor, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (160, 160, 3), dtype=np.uint8)
+
+    def peak(frames: int) -> int:
+        file = tmp_path / f"{frames}.mp4"
+        write_video(file, (np.roll(picture, n, axis=0) for n in range(frames)), crf=40)
+        tracemalloc.start()
+        try:
+            predictor.predict(file, frames=0, crop=False)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(40)  # what is loaded once
+    short, long = peak(40), peak(240)
+    # Pictures are 77 kB each; what stays of a frame are its numbers.
+    assert long - short < 200 * 2000
+
+
+def test_a_video_must_be_readable_for_the_most_part(predictor: Predictor, clip: Path, tmp_path: Path) -> None:
+    # Matroska can be read up to where it was cut off.
+    whole = tmp_path / "whole.mkv"
+    write_video(whole, (np.full((64, 64, 3), n, np.uint8) for n in range(100)), rate=10, gop=5)
+    content = whole.read_bytes()
+    for share, ok in ((1.0, True), (0.5, True), (0.02, False)):
+        cut = tmp_path / f"cut_{share}.mkv"
+        cut.write_bytes(content[: int(share * len(content))])
+        if ok:
+            assert predictor.predict(cut, crop=False).verdict in ("real", "fake")
+        else:
+            with pytest.raises(DataError):
+                predictor.predict(cut, crop=False)
+    # An MP4 whose index promises more frames than follow.
+    fast = tmp_path / "fast.mp4"
+    _faststart(whole, fast)
+    half = tmp_path / "half.mp4"
+    half.write_bytes(fast.read_bytes()[: int(0.6 * fast.stat().st_size)])
+    with pytest.raises(DataError, match="truncated"):
+        predictor.predict(half, crop=False)
+    most = tmp_path / "most.mp4"
+    most.write_bytes(fast.read_bytes()[: -int(0.02 * fast.stat().st_size)])
+    found = predictor.predict(most, crop=False)
+    assert found.verdict in ("real", "fake")
+    assert any("claims" in note for note in found.notes)
+
+
+def _faststart(source: Path, target: Path) -> None:
+    import av
+
+    with av.open(str(source)) as old, av.open(str(target), "w", options={"movflags": "faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+
+
+def test_a_camera_that_is_not_there(predictor: Predictor) -> None:
+    with pytest.raises(DataError, match="no camera answers"):
+        predictor.predict("webcam:73")
+
+
+# ----------------------------------------------------------------------------------------- thresholds and calibration
+
+
+@pytest.mark.parametrize(
+    ("probability", "plain", "inside", "above", "below"),
+    # band:                  none    .4–.6      .7–.8    .1–.2   with the threshold at .5
+    [
+        (0.05, "real", "real", "real", "real"),
+        (0.15, "real", "real", "real", "uncertain"),
+        (0.30, "real", "real", "real", "uncertain"),
+        (0.45, "real", "uncertain", "real", "uncertain"),
+        (0.50, "fake", "uncertain", "uncertain", "fake"),
+        (0.65, "fake", "fake", "uncertain", "fake"),
+        (0.75, "fake", "fake", "uncertain", "fake"),
+        (0.95, "fake", "fake", "fake", "fake"),
+    ],
+)
+def test_verdicts(probability: float, plain: str, inside: str, above: str, below: str) -> None:
+    bands = (None, (0.4, 0.6), (0.7, 0.8), (0.1, 0.2))
+    for band, expected in zip(bands, (plain, inside, above, below), strict=True):
+        stored = band and {"alpha": 0.1, "low": band[0], "high": band[1]}
+        assert Threshold("eer", 0.5, "x", band=stored).verdict(probability) == expected
+
+
+def test_calibrated_probabilities_and_stored_thresholds(calibrated: Path, couple: Path) -> None:
+    stored = load_detector_network(str(calibrated)).calibration
+    assert stored is not None
+    for name in ("eer", "fpr_1", "fpr_5"):
+        predictor = load_detector(calibrated, threshold=name)
+        point = stored["thresholds"][name]
+        found = predictor.predict(couple)
+        judged = valid(found)["threshold"]
+        assert (judged["value"], judged["fpr"], judged["fnr"]) == (point["threshold"], point["fpr"], point["fnr"])
+        assert (judged["name"], judged["origin"], judged["level"]) == (name, "training people", "frame")
+        assert judged["calibrated"]
+        assert "training people" in predictor.threshold.text()
+    for face in found.faces:
+        assert face.probability == pytest.approx(float(apply_temperature(face.score, stored["temperature"])))
+        assert face.score != face.probability
+    number = load_detector(calibrated, threshold="0.25").threshold
+    assert (number.name, number.value, number.fpr) == ("number", 0.25, None)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        load_detector(calibrated, threshold=5)
+    with pytest.raises(ConfigError, match="eer, fpr_1, fpr_5"):
+        load_detector(calibrated, threshold="fpr")
+
+
+def test_a_stored_band_makes_verdicts_uncertain(prepared_dir: Path, couple: Path, tmp_path: Path) -> None:
+    folder = write_detector(tmp_path / "export")
+    rows = Manifest.read(prepared_dir).select(split="train")
+    calibrate_export(folder, rows, source="x", conformal_alpha=0.02, batch_size=16, workers=0)
+    predictor = load_detector(folder)
+    band = predictor.threshold.band
+    assert band is not None
+    assert band["alpha"] == 0.02
+    inside = (band["low"] + band["high"]) / 2
+    assert predictor.threshold.verdict(inside) == "uncertain"
+    assert valid(predictor.predict(couple))["threshold"]["band"] == band
+
+
+def test_without_calibration_a_probability_is_the_score_and_the_result_says_so(
+    predictor: Predictor, export: Path, couple: Path
+) -> None:
+    found = predictor.predict(couple)
+    assert all(face.probability == face.score for face in found.faces)
+    judged = valid(found)["threshold"]
+    assert (judged["value"], judged["calibrated"], judged["fpr"]) == (0.5, False, None)
+    assert "not calibrated" in judged["origin"]
+    assert "unknown" in predictor.threshold.text()
+    with pytest.raises(ConfigError, match="calibrate"):
+        load_detector(export, threshold="fpr_1")
+
+
+# ---------------------------------------------------------------------------------------------------------- ensembles
+
+
+def test_an_ensemble_averages_calibrated_logits(export: Path, calibrated: Path, couple: Path, tmp_path: Path) -> None:
+    third = shutil.copytree(calibrated, tmp_path / "third")
+    together = load_detector({"a": export, "b": calibrated})
+    assert {member.image_size for member in together.members} == {48, 64}
+    found = together.predict(couple)
+    alone = [load_detector(path).predict(couple) for path in (export, calibrated)]
+    for number, face in enumerate(found.faces):
+        parts = [each.faces[number] for each in alone]
+        assert face.members == pytest.approx({"a": parts[0].probability, "b": parts[1].probability}, abs=1e-9)
+        assert face.probability == pytest.approx(expit(np.mean([logit(part.probability) for part in parts])))
+        assert face.score == pytest.approx(expit(np.mean([logit(part.score) for part in parts])))
+    valid(found)
+    assert not together.threshold.calibrated  # one member is not
+    assert load_detector([str(calibrated), str(third)]).names == ["calibrated", "third"]
+    both = load_detector([calibrated, calibrated])
+    assert both.names == ["calibrated", "calibrated_2"]
+    single = load_detector(calibrated)
+    assert both.threshold.value == pytest.approx(single.threshold.value)
+    assert both.threshold.fpr is None  # nobody measured the ensemble
+    assert "ensemble" in both.threshold.text()
+    for a, b in zip(both.predict(couple).faces, single.predict(couple).faces, strict=True):
+        assert a.probability == pytest.approx(b.probability, abs=1e-9)
+
+
+def test_detectors_of_different_tasks_are_no_ensemble(export: Path, tmp_path: Path) -> None:
+    spoof = write_detector(tmp_path / "spoof", task="antispoof")
+    with pytest.raises(ConfigError, match="different tasks"):
+        load_detector([export, spoof])
+    with pytest.raises(ConfigError, match="at least one"):
+        load_detector([])
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_demo_detectors_come_with_a_warning(tmp_path: Path, export: Path) -> None:
+    run = tmp_path / "run"
+    marks: dict[str, Any] = {
+        "provenance": {"provenance": {"dataset": "demo_forgeries"}},
+        "init": {"provenance": {"hyper_parameters": {"model": {"init": "runs/demo_pretrain/export"}}}},
+    }
+    for name, meta in marks.items():
+        with pytest.warns(UserWarning, match="demo detector"):
+            loaded = load_detector(write_detector(run / name / "export", **meta))
+        assert any("demo" in note for note in loaded.predict(np.zeros((40, 40, 3), np.uint8)).notes)
+    (run / "config.yaml").write_text("data: {name: demo_forgeries}\n")
+    with pytest.warns(UserWarning, match="demo detector"):
+        load_detector(write_detector(run / "export"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_detector(export)
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, export: Path) -> None:
+    with pytest.raises(CheckpointError):
+        load_detector(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="device"):
+        load_detector(export, device="tpu")
+    with pytest.raises(ConfigError, match="face detector"):
+        load_detector(export, face_detector="haar")
+    with pytest.raises(ConfigError, match="batch_size"):
+        load_detector(export, batch_size=0)
+
+
+def test_scores_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    folder = write_detector(tmp_path / "broken")
+    loaded = load_detector_network(str(folder)).checkpoint
+    state = {k: torch.full_like(t, math.nan) if k == "head.fc.bias" else t for k, t in loaded.state.items()}
+    calibration = {"temperature": 2.0, "source": "x", "thresholds": {"eer": {"threshold": 0.5, "fpr": 0, "fnr": 0}}}
+    for meta in (loaded.meta, {**loaded.meta, "calibration": calibration}):
+        save_export(folder, state, meta)
+        for source in (folder, [folder, folder]):
+            with pytest.raises(DataError, match="not finite"):
+                load_detector(source).predict(np.zeros((40, 40, 3), np.uint8), crop=False)
+
+
+def test_a_crop_must_lie_in_the_picture(predictor: Predictor) -> None:
+    image = np.zeros((100, 100, 3), np.uint8)
+    assert predictor.crop(image, (10, 10, 50, 50)).shape == (52, 52, 3)
+    with pytest.raises(DataError, match="leaves no crop"):
+        predictor.crop(image, Box(150, 150, 190, 190))
+    with pytest.raises(DataError, match="uint8"):
+        predictor.score_faces([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)])
+    assert predictor.score_faces([]).shape == (0,)
