@@ -254,7 +254,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
         ".*your dataloader is not resumable.*",  # it is: data.datamodules keeps the position
-        ".*module(s) in eval mode at the start.*",  # a frozen backbone is meant to be
+        r".*module\(s\) in eval mode at the start.*",  # a frozen backbone is meant to be
         ".*Total length of `list` across ranks is zero.*",  # no validation, as asked
         ".*LeafSpec.*",
     ):
