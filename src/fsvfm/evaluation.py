@@ -158,13 +158,13 @@ def predict(
         scores = torch.cat(parts).cpu().numpy() if parts else scores
     except DataError as error:
         problem = str(error)
-    # Problems are gathered too: a process that left early would let the others wait forever.
+    # Problems are gathered too, and raised everywhere: a process that left early would let the others wait forever.
     found = group.gather((problem, scores))
-    if not found:
-        return None
     for text, _ in found:
         if text:
             raise DataError(text)
+    if group.rank:
+        return None
     merged = np.empty(len(rows))
     for rank, (_, part) in enumerate(found):
         merged[rank :: group.world] = part
@@ -197,7 +197,7 @@ def _with_scores(manifest: Manifest, scores: np.ndarray) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------------------------- test sets
 
 
-def _training_rows(source: str, cfg: DictConfig) -> Manifest | None:
+def _training_rows(source: str) -> Manifest | None:
     """What a checkpoint was trained on, as far as the run folder around it tells; None where it is not known."""
     path = Path(source).expanduser()
     folder = path if path.is_dir() else path.parent
@@ -290,7 +290,7 @@ def evaluate(cfg: DictConfig, chosen: Mapping[str, str], out: Path) -> dict[str,
                 "choose a protocol of its task, or name test sets yourself with protocol=none testset=[…]"
             )
         notes += _remarks(label, detector)
-        trained_on = _training_rows(source, cfg)
+        trained_on = _training_rows(source)
         for name, test in cfg.testsets.items():
             title = f"{label} on {name}"
             try:

@@ -1,4 +1,4 @@
-"""The processes of a command that scores: one per device, each with its share of the rows, gathered by the first."""
+"""The processes of a command that scores: one per device, each with its share of the rows."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ class Processes(NamedTuple):
         return range(self.rank, length, self.world)
 
     def gather(self, part: Any) -> list[Any]:
-        """Parts of all processes in the order of their ranks, on the first one; an empty list on the others."""
+        """Parts of all processes, in the order of their ranks, on every one of them; a barrier, too."""
         if self.world == 1:
             return [part]
         parts: list[Any] = [None] * self.world
-        # Also a barrier: no process goes on before the first one has everything.
-        dist.gather_object(part, parts if self.rank == 0 else None)
-        return parts if self.rank == 0 else []
+        dist.all_gather_object(parts, part)
+        return parts
 
 
 def join(trainer: DictConfig) -> Processes:

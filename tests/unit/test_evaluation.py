@@ -221,3 +221,49 @@ def test_corrupted_copies(config: DictConfig, detector: Path, prepared_dir: Path
         "gaussian_noise": {"1", "5"},
     }
     assert 0 <= curves["jpeg"]["5"]["auc"]["low"] <= curves["jpeg"]["5"]["auc"]["value"] <= 1
+
+
+def _two_processes(rank: int, port: int, detector: str, folder: str, out: str) -> None:
+    import os
+
+    import torch.distributed as dist
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    loaded, group = load_detector_network(detector), Processes(rank, 2, CPU)
+    manifest = Manifest.read(folder)
+    options: dict = {"batch_size": 16, "workers": 0, "title": "two", "group": group}
+    table = predict_manifest(loaded, manifest, **options)
+    # A file that only one process meets is an error on both, and the next gathering still finds them together.
+    paths = manifest.paths()
+    paths[1] = "/nowhere.png"
+    broken = Manifest(manifest.table.assign(path=paths, parse=""), folder)
+    try:
+        predict_manifest(loaded, broken, **options)
+        raised = False
+    except DataError as error:
+        raised = "nowhere" in str(error)
+    again = predict_manifest(loaded, manifest, **options)
+    assert raised
+    assert (table is None) == (again is None) == (rank == 1)
+    if table is not None and again is not None:
+        assert table["score"].equals(again["score"])
+        table.to_parquet(out)
+    dist.destroy_process_group()
+
+
+def test_two_processes_score_what_one_scores(detector: Path, prepared_dir: Path, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (port, str(detector), str(prepared_dir), str(tmp_path / "two.parquet"))
+    torch.multiprocessing.spawn(_two_processes, arguments, nprocs=2)
+    two = pd.read_parquet(tmp_path / "two.parquet")
+    one = predict_manifest(
+        load_detector_network(str(detector)), Manifest.read(prepared_dir), batch_size=16, workers=0, title="one"
+    )
+    assert one is not None
+    assert list(one["path"]) == list(two["path"])
+    np.testing.assert_allclose(one["score"], two["score"], atol=1e-7)
