@@ -104,7 +104,7 @@ def main() -> None:
             def ours(dataset: PretrainFaces = dataset, batches: cycle = batches) -> None:
                 batch = collate([dataset[draw] for draw in next(batches)])
                 crfr_p(batch["grid"], 147, generator=generator)
-                torch.sub(batch["image"], mean).div_(std)  # as tasks do, there on the device
+                batch["image"].float().sub_(mean).div_(std)  # as tasks do, there on the device
 
             rows[f"ours, {name}"] = images_per_second(ours, BATCH, options.seconds)
     base = next(iter(rows.values()))

@@ -72,8 +72,8 @@ class LoadedDetector(NamedTuple):
         Double precision keeps very sure scores apart, which float32 would round to 1.
         """
         with torch.inference_mode():
-            images = torch.sub(images.to(self.mean.device, non_blocking=True), self.mean).div_(self.std)
-            logits = self.network(images).logits.double()
+            images = images.to(self.mean.device, non_blocking=True).to(torch.float32, copy=True)
+            logits = self.network(images.sub_(self.mean).div_(self.std)).logits.double()
             fake = self.network.class_order.index("fake")
             return torch.sigmoid(logits[:, fake] - logits[:, 1 - fake])
 

@@ -63,8 +63,8 @@ class BaseTask(pl.LightningModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 pixels to float32, zero mean and unit variance over the pre-training set."""
-        # Promoted and subtracted in one pass, divided in place: a third of the time of three float copies on a CPU.
-        return torch.sub(images, self.mean).div_(self.std)
+        # One float copy, then in place: a third of the time of three copies on a CPU.
+        return images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
 
     # --- randomness -------------------------------------------------------------------------------------------------
 
