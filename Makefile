@@ -50,8 +50,9 @@ format: install  ## rewrite in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install  ## benchmarks, as ratios against a plain baseline
-	cd benchmarks && for script in *.py; do ../$(BIN)/python $$script || exit 1; done
+bench: install  ## benchmarks, as ratios against a plain baseline; PHOTO=<portrait> adds video and prediction
+	cd benchmarks && for name in masking loading evaluation scale; do ../$(BIN)/python $$name.py || exit 1; done
+	cd benchmarks && for name in $(if $(PHOTO),video prediction); do ../$(BIN)/python $$name.py --photo $(abspath $(PHOTO)) || exit 1; done
 
 clean:  ## remove build products and caches; keeps .venv, data and runs
 	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
