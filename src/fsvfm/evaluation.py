@@ -30,7 +30,7 @@ from fsvfm.data.datamodules import make_loader
 from fsvfm.data.datasets import LabelledFaces
 from fsvfm.data.manifest import Manifest, check_leaks
 from fsvfm.data.storage import read_image
-from fsvfm.data.transforms import test_transform
+from fsvfm.data.transforms import normalise, test_transform
 from fsvfm.errors import CheckpointError, ConfigError, DataError, FsvfmError, MetricError
 from fsvfm.exports import save_export
 from fsvfm.loading import load_into
@@ -72,8 +72,8 @@ class LoadedDetector(NamedTuple):
         Double precision keeps very sure scores apart, which float32 would round to 1.
         """
         with torch.inference_mode():
-            images = images.to(self.mean.device, non_blocking=True).to(torch.float32, copy=True)
-            logits = self.network(images.sub_(self.mean).div_(self.std)).logits.double()
+            images = normalise(images.to(self.mean.device, non_blocking=True), self.mean, self.std)
+            logits = self.network(images).logits.double()
             fake = self.network.class_order.index("fake")
             return torch.sigmoid(logits[:, fake] - logits[:, 1 - fake])
 

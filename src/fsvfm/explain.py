@@ -41,7 +41,7 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from fsvfm.checkpoint import load_checkpoint, normalisation
-from fsvfm.data.transforms import resize
+from fsvfm.data.transforms import normalise, resize
 from fsvfm.errors import CheckpointError, ConfigError, DataError
 from fsvfm.evaluation import LoadedDetector
 from fsvfm.faces.detect import check_rgb
@@ -272,7 +272,7 @@ def explain(
 def _normalised(face: np.ndarray, size: int, mean: Tensor, std: Tensor) -> Tensor:
     """(1, 3, S, S) float32 on the network's device, exactly what scoring feeds it."""
     pixels = torch.from_numpy(np.ascontiguousarray(resize(face, size).transpose(2, 0, 1)))[None]
-    return (pixels.to(mean.device).float() - mean) / std
+    return normalise(pixels.to(mean.device), mean, std)
 
 
 def _temperature(detector: LoadedDetector) -> float:

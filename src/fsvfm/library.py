@@ -11,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from fsvfm.checkpoint import Checkpoint, load_backbone, load_checkpoint, normalisation
+from fsvfm.data.transforms import normalise
 from fsvfm.errors import ConfigError, DataError, MetricError
 from fsvfm.faces.images import resize
 from fsvfm.faces.parse import make_parser
@@ -76,8 +77,8 @@ class Encoder(NamedTuple):
         """
         images = np.stack([resize(face, self.image_size) for face in faces]).transpose(0, 3, 1, 2)
         with torch.inference_mode():
-            pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.mean.device).float()
-            features: torch.Tensor = self.network((pixels - self.mean) / self.std)
+            pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.mean.device)
+            features: torch.Tensor = self.network(normalise(pixels, self.mean, self.std))
         return features.float().cpu().numpy()
 
 

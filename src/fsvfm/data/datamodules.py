@@ -38,6 +38,12 @@ def make_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> DataL
     )
 
 
+def _augmented(rows: Manifest, image_size: int, augment: dict[str, Any]) -> LabelledFaces:
+    """Training faces of a detector; of ``augment``, what happens on single images."""
+    here = {name: augment[name] for name in ("crop_scale", "flip", "rand_augment", "saturation")}
+    return LabelledFaces(rows, train_transform(image_size, **here))
+
+
 class FaceDataModule(pl.LightningDataModule):
     """What pre-training and detector data share: a resumable training loader.
 
@@ -185,14 +191,7 @@ class ForgeryData(FaceDataModule):
         self.val.require_both_classes("validation")
         if balance is not None or weights is not None:
             self.row_weights = self.train.sampling_weights(balance=balance, datasets=weights)
-        transform = train_transform(
-            image_size,
-            crop_scale=augment["crop_scale"],
-            flip=augment["flip"],
-            rand_augment=augment["rand_augment"],
-            saturation=augment["saturation"],
-        )
-        self.train_rows = LabelledFaces(self.train, transform)
+        self.train_rows = _augmented(self.train, image_size, augment)
         self.val_rows = LabelledFaces(self.val, test_transform(image_size))
 
     def training_rows(self) -> LabelledFaces:
@@ -307,14 +306,7 @@ class AntispoofData(FaceDataModule):
         watched = manifest.select(split="test", datasets=target) if selection == "target_best" else self.val
         if watched is not None:
             watched.require_both_classes("validation")
-        transform = train_transform(
-            image_size,
-            crop_scale=augment["crop_scale"],
-            flip=augment["flip"],
-            rand_augment=augment["rand_augment"],
-            saturation=augment["saturation"],
-        )
-        self.train_rows = LabelledFaces(self.train, transform)
+        self.train_rows = _augmented(self.train, image_size, augment)
         self.val_rows = LabelledFaces(watched, test_transform(image_size)) if watched is not None else None
 
     def setup(self, stage: str) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
 from torchvision import transforms as tv
 
 #: (H, W, 3) uint8 in, (size, size, 3) uint8 out.
@@ -23,6 +25,21 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Zero mean and unit variance over the pre-training set.
+
+    Args:
+        images: (B, 3, H, W) pixels from 0 to 255, any dtype; not changed.
+        mean: (1, 3, 1, 1) float32, of the pixels from 0 to 255, on the images' device.
+        std: likewise.
+
+    Returns:
+        (B, 3, H, W) float32.
+    """
+    # One float copy, then in place: a third of the time of three copies on a CPU.
+    return images.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 def test_transform(size: int) -> ImageTransform:

@@ -20,7 +20,7 @@ from fsvfm.faces.align import SIZE, align, five_points, transform
 from fsvfm.faces.crop import crop, square_crop
 from fsvfm.faces.detect import Box, Detection, find_faces, make_detector
 from fsvfm.faces.landmarks import Landmarks68
-from fsvfm.recipes.engine import IMAGES, PARSING_MAPS, Item, Product, Skip
+from fsvfm.recipes.engine import IMAGES, PARSING_MAPS, Entry, Item, Product, Skip
 from fsvfm.regions import region_grid
 
 #: Files that count as photographs.
@@ -246,6 +246,25 @@ def save_parse(out: Path, name: str, labels: np.ndarray, values: dict[str, Any])
         if labels.shape[0] % patch == 0 and labels.shape[1] % patch == 0:
             values[f"{GRID_PREFIX}{patch}"] = region_grid(labels, patch).tobytes().hex()
     return [values["parse"]]
+
+
+def entry_row(dataset: str, entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
+    """The manifest row of a face: what its catalogue entry says, and what :class:`FaceExtractor` made of it.
+
+    `values` of a video's face hold its `frame`; a picture is frame 0 unless the entry knows better.
+    """
+    return {
+        "label": entry.label,
+        "split": entry.split,
+        "dataset": dataset,
+        "method": entry.method,
+        "video": entry.video,
+        "subject": entry.subject,
+        "frame": values.get("frame", 0),
+        "origin": entry.file,
+        **entry.more,
+        **face_row(values),
+    }
 
 
 def face_row(values: dict[str, Any]) -> dict[str, Any]:

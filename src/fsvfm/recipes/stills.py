@@ -14,7 +14,7 @@ import numpy as np
 from fsvfm.errors import ConfigError, DataError
 from fsvfm.faces import images
 from fsvfm.recipes.engine import IMAGES, Catalogue, Entry, Item, Preparation, Prepared, Product, Skip, spread
-from fsvfm.recipes.photos import FaceExtractor, face_row, save_parse
+from fsvfm.recipes.photos import FaceExtractor, entry_row, save_parse
 
 #: Raise when the same settings would give other images, so that older outputs are not taken for new ones.
 VERSION = 1
@@ -96,7 +96,7 @@ def prepare_stills(
         values = preparation.run("pictures", items, StillExtractor(faces, trim))
         found = parse_in_batches(preparation, values, str(parser)) if later else values.items()
         entry_of = {item.key: item.data for item in items}
-        rows = (_row(catalogue.name, entry_of[key], face) for key, face in found)  # millions: one at a time
+        rows = (entry_row(catalogue.name, entry_of[key], face) for key, face in found)  # millions: one at a time
         return preparation.finish(rows, {"name": catalogue.name, **catalogue.card}, next_step)
 
 
@@ -105,21 +105,6 @@ def _keys(entries: Sequence[Entry]) -> Iterator[str]:
     for entry in entries:
         many = entry.file.lower().endswith(_HDF5)
         yield f"{entry.file} frame {entry.more.get('frame', 0)}" if many else entry.file
-
-
-def _row(dataset: str, entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "label": entry.label,
-        "split": entry.split,
-        "dataset": dataset,
-        "method": entry.method,
-        "video": entry.video,
-        "subject": entry.subject,
-        "frame": 0,
-        "origin": entry.file,
-        **entry.more,
-        **face_row(values),
-    }
 
 
 @dataclass

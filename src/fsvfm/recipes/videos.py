@@ -12,7 +12,7 @@ from fsvfm.faces.detect import Box
 from fsvfm.faces.track import follow
 from fsvfm.faces.video import frame_indices, probe, read_frames
 from fsvfm.recipes.engine import Catalogue, Entry, Item, Preparation, Prepared, Product, Skip, spread
-from fsvfm.recipes.photos import FaceExtractor, face_row
+from fsvfm.recipes.photos import FaceExtractor, entry_row
 from fsvfm.recipes.stills import parse_in_batches, parses_in_batches
 
 #: Raise when the same settings would give other images, so that older outputs are not taken for new ones.
@@ -92,7 +92,7 @@ def prepare_videos(
         faces = _Faces(preparation.run("videos", items, VideoFaces(extractor, track, sampling)))
         found = parse_in_batches(preparation, faces, str(parser)) if later else faces.items()
         entry_of = {item.key: item.data for item in items}
-        rows = (_row(catalogue.name, entry_of[faces.video_of(image)], face) for image, face in found)
+        rows = (entry_row(catalogue.name, entry_of[faces.video_of(image)], face) for image, face in found)
         return preparation.finish(rows, {"name": catalogue.name, **catalogue.card}, next_step)
 
 
@@ -123,21 +123,6 @@ class _Faces(Mapping[str, dict[str, Any]]):
         return len(self._places)
 
 
-def _row(dataset: str, entry: Entry, face: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "label": entry.label,
-        "split": entry.split,
-        "dataset": dataset,
-        "method": entry.method,
-        "video": entry.video,
-        "subject": entry.subject,
-        "frame": face["frame"],
-        "origin": entry.file,
-        **entry.more,
-        **face_row(face),
-    }
-
-
 @dataclass
 class VideoFaces:
     """Worker: one video of a catalogue → the faces of some of its frames.
@@ -156,7 +141,8 @@ class VideoFaces:
         """Write the faces of the entry's video under the entry's name.
 
         Returns:
-            values `{"faces": [...]}` in the order of the frames, each as :func:`face_row` takes them, with its `frame`.
+            values `{"faces": [...]}` in the order of the frames, each as :func:`entry_row` takes them and
+            with its `frame`.
 
         Raises:
             DataError: no video, or none of the wanted frames can be read.

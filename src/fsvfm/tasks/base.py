@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fsvfm.data.sampling import derive_seed
+from fsvfm.data.transforms import normalise
 from fsvfm.errors import ConfigError
 from fsvfm.optim import build_adamw, scale_lr
 from fsvfm.schedule import warmup_cosine
@@ -63,8 +64,7 @@ class BaseTask(pl.LightningModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 pixels to float32, zero mean and unit variance over the pre-training set."""
-        # One float copy, then in place: a third of the time of three copies on a CPU.
-        return images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
+        return normalise(images, self.mean, self.std)
 
     # --- randomness -------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,9 @@ class ForgeryTask(BaseTask):
             raise ConfigError(
                 f"tune.contrast_weight={tune['contrast_weight']} needs the adapter's projection; use tune=adapter or 0"
             )
+        projection = getattr(self.detector.head, "projection", None)
+        if projection is not None and not tune["contrast_weight"]:
+            projection.requires_grad_(False)  # no loss would use it, and DDP waits for every trained parameter
         mixes = augment["mixup"] or augment["cutmix"]
         self.mixup = (
             Mixup(

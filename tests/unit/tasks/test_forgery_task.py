@@ -101,6 +101,15 @@ def test_contrast_uses_labels_before_mixup(compose_config: Compose, prepared_dir
     torch.testing.assert_close(result.loss, total)
 
 
+def test_projection_that_no_loss_uses_is_not_trained(compose_config: Compose, prepared_dir: Path) -> None:
+    """DistributedDataParallel waits for a gradient of every trained parameter."""
+    _, task, _ = build_task(compose_config, prepared_dir, "tune=adapter", "tune.contrast_weight=0")
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    task.compute(images, torch.tensor([0, 1, 0, 1]), augment=True).loss.backward()
+    without = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
 def test_contrast_without_adapter_is_refused(compose_config: Compose, prepared_dir: Path) -> None:
     with pytest.raises(ConfigError, match="tune=adapter"):
         build_task(compose_config, prepared_dir, "tune.contrast_weight=0.1")
