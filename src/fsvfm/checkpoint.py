@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fsvfm import zoo
 from fsvfm.errors import CheckpointError
-from fsvfm.exports import PREFIXES, check_state, is_triple, plain, read_meta, save_export, validate_meta
+from fsvfm.exports import PREFIXES, check_state, is_triple, is_vit, plain, read_meta, save_export, validate_meta
 from fsvfm.loading import LoadReport, load_into, resize_pos_embed
 from fsvfm.models.lora import fold, has_lora, renamed_for
 from fsvfm.models.vit import SIZES
@@ -237,13 +237,16 @@ def _load_lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
             f"{path} does not say which of its logits means fake (no class_order in its hyper-parameters); "
             "a guess could invert every score, so it is not loaded"
         )
-    model = infer_model(
-        state,
-        heads=given.get("heads"),
-        representation_heads=(given.get("representation_decoder") or {}).get("heads"),
-        pixel_heads=(given.get("pixel_decoder") or {}).get("heads"),
-    )
-    model["name"] = given.get("name") or model["name"]
+    if is_vit(given):
+        model = infer_model(
+            state,
+            heads=given.get("heads"),
+            representation_heads=(given.get("representation_decoder") or {}).get("heads"),
+            pixel_heads=(given.get("pixel_decoder") or {}).get("heads"),
+        )
+        model["name"] = given.get("name") or model["name"]
+    else:
+        model = {key: value for key, value in given.items() if key != "init"}
     meta = {
         "kind": kind, "task": task, "model": model, "tune": tune,
         "mean": parameters.get("mean"), "std": parameters.get("std"),

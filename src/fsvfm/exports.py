@@ -20,6 +20,13 @@ from fsvfm.published import infer_model, listing
 FORMAT, VERSION = "fsvfm-export", 1
 PREFIXES = {"pretrain": ("online.", "target."), "encoder": ("encoder.",), "detector": ("backbone.", "head.")}
 TASKS = ("pretrain", "forgery", "antispoof")
+#: What `model` must say of a network that is no plain ViT, and of one that is.
+NUMBERS = {False: ("image_size",), True: ("image_size", "patch_size", "dim", "depth", "heads")}
+
+
+def is_vit(model: Mapping[str, Any]) -> bool:
+    """Whether a model table describes a plain ViT, and not a network of another family (models.detector.FAMILIES)."""
+    return model.get("family", "vit") == "vit"
 
 
 def validate_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +50,7 @@ def validate_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(model.get("name"), str):
         wrong.append("model: expected a table with name, image_size, patch_size, dim, depth and heads")
     else:
-        for key in ("image_size", "patch_size", "dim", "depth", "heads"):
+        for key in NUMBERS[is_vit(model)]:
             if not isinstance(model.get(key), int) or model[key] <= 0:
                 wrong.append(f"model.{key}: {model.get(key)!r}, expected a positive whole number")
     for key in ("mean", "std"):
@@ -87,7 +94,10 @@ def plain(value: Any) -> Any:
 
 
 def check_state(state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensor names and shapes against metadata; returns the architecture the shapes show."""
+    """Tensor names and shapes against metadata; returns the architecture the shapes show.
+
+    Of networks that are no plain ViT only the names are looked at; the network itself checks the rest when it is built.
+    """
     prefixes = PREFIXES[meta["kind"]]
     strangers = [key for key in state if not key.startswith(prefixes)]
     if strangers:
@@ -95,6 +105,8 @@ def check_state(state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[st
             f"keys that no {meta['kind']} checkpoint has ({', '.join(prefixes)}):{listing(strangers)}"
         )
     model = meta["model"]
+    if not is_vit(model):
+        return dict(model)
     inferred = infer_model(
         state,
         heads=model["heads"],

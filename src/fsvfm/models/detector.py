@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fsvfm.errors import ConfigError
@@ -17,6 +17,14 @@ from fsvfm.models.vit import ViTConfig, create_backbone
 
 #: Ways of tuning that exist; all but ``full`` freeze the backbone's weights.
 TUNES = ("full", "adapter", "linear", "lora")
+
+#: Networks other than plain ViTs, by ``model.family``: module with ``build(model, tune) -> (backbone, head)``. A
+#: backbone has timm's ``forward_features`` and ``forward_head(…, pre_logits=True)``; a head takes what those return.
+FAMILIES = {
+    "timm": "fsvfm.models.timm_backbone",
+    "rffr": "fsvfm.models.rffr",
+    "sladd": "fsvfm.models.sladd",
+}
 
 #: Tasks by name of their head.
 TASKS = ("forgery", "antispoof")
@@ -31,7 +39,7 @@ class Detector(nn.Module):
     an augmentation of the features.
 
     Args:
-        backbone: timm ViT without classifier.
+        backbone: timm ViT without classifier, or a network of another family with the same two methods.
         head: maps (feature (B, dim), tokens (B, 1 + L, dim)) to :class:`DetectorOutput`.
         class_order: what logit i stands for, a permutation of ``real`` and ``fake``.
         frozen: train the head, and low-rank updates that are added to the backbone later, only.
@@ -40,7 +48,7 @@ class Detector(nn.Module):
 
     def __init__(
         self,
-        backbone: VisionTransformer,
+        backbone: nn.Module,
         head: nn.Module,
         class_order: Sequence[str],
         *,
@@ -97,7 +105,7 @@ def build_detector(
 
     Args:
         model: a :class:`ViTConfig`, or a mapping with its fields (a ``configs/model`` file, the ``model`` of a
-            ``model.json``) and optionally ``grad_checkpointing``.
+            ``model.json``) and optionally ``grad_checkpointing``; with ``family``, the values of that family.
         tune: ``name`` (full, adapter, linear, lora), ``pool`` (avg: mean of the patch tokens; cls), ``drop_path`` (rate
             of the backbone's stochastic depth), ``frozen_drop_path`` (keep it active in a frozen backbone),
             ``reduction`` (of the adapter), ``lora`` (arguments of :func:`~fsvfm.models.lora.add_lora`) and ``merged``
@@ -116,6 +124,15 @@ def build_detector(
         raise ConfigError(f"task={task!r} has no head; choose one of {', '.join(TASKS)}")
     if quirk and task != "antispoof":
         raise ConfigError("the token-norm quirk exists for task=antispoof only; turn it off")
+    family = "vit" if isinstance(model, ViTConfig) else str(model.get("family", "vit"))
+    if family != "vit":
+        if task != "forgery" or name == "lora" or family not in FAMILIES:
+            raise ConfigError(
+                f"model.family={family!r} with task={task} and tune={name}: expected vit, or one of "
+                f"{', '.join(FAMILIES)} with task=forgery and another tune than lora"
+            )
+        other, classifier = import_module(FAMILIES[family]).build(model, tune)
+        return Detector(other, classifier, class_order, frozen=name != "full")
     config = model if isinstance(model, ViTConfig) else ViTConfig.from_mapping(model)
     backbone = create_backbone(
         config,

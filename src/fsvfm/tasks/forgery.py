@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC
@@ -102,7 +103,10 @@ class ForgeryTask(BaseTask):
         Raises:
             CheckpointError: another architecture, or keys that nobody can explain.
         """
-        return str(load_backbone(self.detector.backbone, checkpoint))
+        backbone = self.detector.backbone
+        if isinstance(backbone, VisionTransformer):
+            return str(load_backbone(backbone, checkpoint))
+        return str(cast(Any, backbone).initialise(checkpoint))
 
     def compute(self, images: Tensor, labels: Tensor, *, augment: bool) -> ForgeryResult:
         """Classification loss, plus the weighted contrastive loss under FS-Adapter; no trainer needed.
