@@ -11,16 +11,13 @@ GPU it is wall time. Decoding and face detection are not part of it.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from common import arguments, in_turn, own_cpu, save, wall
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
@@ -58,22 +55,9 @@ def random_detector(name: str, device: str) -> LoadedDetector:
     return LoadedDetector(network, mean, std, checkpoint)
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Time of one call: of this process on a CPU, wall time with the device's work included on a GPU."""
-    if device == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Measure, print a table, and write JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="vit_tiny", help="an option of configs/model (default vit_tiny)")
     parser.add_argument("--images", type=int, default=256, help="faces; 32 make a video (default 256)")
     parser.add_argument("--batch", type=int, default=64, help="faces per forward pass (default 64)")
@@ -84,8 +68,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the network (default 1)")
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
+    if options.dry:
+        options.images, options.batch, options.replicates, options.repeats = 2 * FRAMES, FRAMES, 20, 1
 
     torch.set_num_threads(options.threads)
     detector = random_detector(options.model, options.device)
@@ -111,10 +96,9 @@ def main() -> None:
     steps = {"forward pass alone": bare, "scores": scoring, "metrics and intervals": metrics}
     for run in steps.values():
         run()
-    times = {name: np.empty(options.repeats) for name in steps}
-    for repeat in range(options.repeats):
-        for name, run in steps.items():
-            times[name][repeat] = seconds(run, options.device)
+    times = in_turn(
+        steps, options.repeats, own_cpu if options.device == "cpu" else lambda run: wall(run, options.device)
+    )
     network = times["forward pass alone"]
     whole = times["scores"] + times["metrics and intervals"]
     ratios = {
@@ -122,23 +106,20 @@ def main() -> None:
         "evaluation": float(np.median(whole / network)),
     }
 
-    where = f"{options.device}, torch {torch.__version__}"
     kind = "CPU time of this process" if options.device == "cpu" else "wall time"
-    print(f"{options.model}, {options.images} faces in batches of {options.batch}, {where}; {kind}")
-    print(f"{'median of ' + str(options.repeats):28}{'seconds':>10}{'ms/face':>10}{'ratio':>9}")
-    rows = {**times, "evaluation (both)": whole}
-    for name, values in rows.items():
-        middle = float(np.median(values))
-        ratio = float(np.median(values / network))
-        print(f"{name:28}{middle:10.3f}{1000 * middle / options.images:10.3f}{ratio:9.3f}")
+    rows = {
+        name: {
+            "seconds": float(np.median(values)),
+            "ms/face": 1000 * float(np.median(values)) / options.images,
+            "ratio": float(np.median(values / network)),
+        }
+        for name, values in {**times, "evaluation (both)": whole}.items()
+    }
+    heading = f"{options.model}, {options.images} faces in batches of {options.batch}, {options.device}; {kind}"
+    table(heading, {"seconds": ".3f", "ms/face": ".3f", "ratio": ".3f"}, rows)
     print(f"evaluation costs {100 * (ratios['evaluation'] - 1):+.1f} % over the forward pass (target: at most 15 %)")
-    if options.output:
-        settings = {key: value for key, value in vars(options).items() if key != "output"}
-        report = {**settings, "torch": torch.__version__, "ratios": ratios}
-        report["seconds"] = {name: values.tolist() for name, values in rows.items()}
-        unfinished = options.output.with_name(options.output.name + ".tmp")
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        unfinished.replace(options.output)
+    figures = {"ratios": ratios, "rows": rows, "seconds": {name: values.tolist() for name, values in times.items()}}
+    save(options, figures, options.device)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ faces are synthetic: smooth shapes with sensor noise, about as hard to compress 
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from itertools import cycle
 from pathlib import Path
@@ -20,7 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 from baseline.loading import load_batch
-from masking import images_per_second, synthetic_faces
+from common import arguments, images_per_second, save, table
+from masking import synthetic_faces
 from PIL import Image
 
 from fsvfm.data.datasets import PretrainFaces, collate
@@ -60,12 +59,13 @@ def synthetic_data(folder: Path, count: int) -> Manifest:
 
 def main() -> None:
     """Measure, print a table, and write JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--images", type=int, default=512, help="faces in the set")
     parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each row")
     parser.add_argument("--data", type=Path, help="prepared folder with parsing maps (224 pixels); default: synthetic")
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
+    if options.dry:
+        options.images, options.seconds = BATCH, 0.0
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,15 +108,10 @@ def main() -> None:
 
             rows[f"ours, {name}"] = images_per_second(ours, BATCH, options.seconds)
     base = next(iter(rows.values()))
-    print(f"{len(files)} faces of {SIZE}×{SIZE}, batches of {BATCH}, one CPU thread")
-    print(f"{'':44}{'images/s':>12}{'ratio':>9}")
-    for name, value in rows.items():
-        print(f"{name:44}{value:12,.0f}{value / base:9.1f}")
-    if options.output:
-        report = {"images_per_second": rows, "ratio": {name: value / base for name, value in rows.items()}}
-        unfinished = options.output.with_name(options.output.name + ".tmp")
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        unfinished.replace(options.output)
+    figures = {name: {"images/s": value, "ratio": value / base} for name, value in rows.items()}
+    heading = f"{len(files)} faces of {SIZE}×{SIZE}, batches of {BATCH}, one CPU thread"
+    table(heading, {"images/s": ",.0f", "ratio": ".1f"}, figures)
+    save(options, {"faces": len(files), "rows": figures})
 
 
 if __name__ == "__main__":

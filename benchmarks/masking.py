@@ -9,16 +9,13 @@ table also shows what deriving that grid costs, once per image.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from baseline.masking import crfr_p_loop
+from common import arguments, images_per_second, save, table
 
 from fsvfm.masking import STRATEGIES, crfr_p, mask_budget
 from fsvfm.regions import region_grid
@@ -52,25 +49,14 @@ def synthetic_faces(count: int, rng: np.random.Generator) -> np.ndarray:
     return maps
 
 
-def images_per_second(run: Callable[[], object], images: int, seconds: float) -> float:
-    """Median over repetitions, after one for warming up."""
-    run()
-    durations = []
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(durations) < 3:
-        start = time.perf_counter()
-        run()
-        durations.append(time.perf_counter() - start)
-    return images / float(np.median(durations))
-
-
 def main() -> None:
     """Measure, print a table, and write JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=256, help="images per call")
     parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each row")
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
+    if options.dry:
+        options.batch, options.seconds = 4, 0.0
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
@@ -89,16 +75,10 @@ def main() -> None:
         rows[f"{name}, batch of region grids"] = speed(partial(STRATEGIES[name], grid, budget, generator=generator))
     rows["region grid from parsing map (once, at preparation)"] = speed(lambda: region_grid(maps, PATCH))
 
-    print(f"batch {options.batch}, {grid.shape[1]} patches, {budget} masked, one CPU thread")
-    print(f"{'':54}{'images/s':>12}{'ratio':>9}")
-    for name, value in rows.items():
-        print(f"{name:54}{value:12,.0f}{value / loop:9.1f}")
-    if options.output:
-        figures = {"batch": options.batch, "patches": grid.shape[1], "budget": budget, "torch": torch.__version__}
-        report = {**figures, "ratio": batched / loop, "images_per_second": rows}
-        unfinished = options.output.with_name(options.output.name + ".tmp")
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        unfinished.replace(options.output)
+    heading = f"batch {options.batch}, {grid.shape[1]} patches, {budget} masked, one CPU thread"
+    figures = {name: {"images/s": value, "ratio": value / loop} for name, value in rows.items()}
+    table(heading, {"images/s": ",.0f", "ratio": ".1f"}, figures)
+    save(options, {"patches": grid.shape[1], "budget": budget, "rows": figures})
 
 
 if __name__ == "__main__":

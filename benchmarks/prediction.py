@@ -13,7 +13,6 @@ detector and a ViT-B would make the measurement take hours.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, save, wall
 from video import LENGTH, clip
 
 from fsvfm.checkpoint import save_export
@@ -63,12 +63,7 @@ def write_minutes(path: Path, photo: Any, minutes: float) -> Path:
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
     """Least of some repetitions."""
-    durations = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        durations.append(time.perf_counter() - start)
-    return min(durations)
+    return min(wall(run) for _ in range(repeats))
 
 
 def report_peak(ckpt: str, video: str, frames: str) -> None:
@@ -82,14 +77,15 @@ def report_peak(ckpt: str, video: str, frames: str) -> None:
 
 def main() -> None:
     """Measure, print a table, and write JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--photo", type=Path, required=True, help="photograph with a face")
     parser.add_argument("--ckpt", help="a detector; default a ViT-B with random weights")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 10], help="lengths of the videos")
     parser.add_argument("--all", action="store_true", help="also time every frame of the first video")
     parser.add_argument("--repeats", type=int, default=2, help="of every measurement; the fastest counts")
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
+    if options.dry:
+        options.minutes, options.repeats = [0.05], 1
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -137,9 +133,7 @@ def main() -> None:
     for minutes, peak in peaks.items():
         label = f"highest memory, {minutes} min ({peak['frames']} frames scored)"
         print(f"{label:<60}{peak['peak_mb']:>9.0f} MB")
-    if options.output:
-        facts = {"threads": threads, "seconds": rows, "memory": peaks}
-        options.output.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    save(options, {"seconds": rows, "memory": peaks})
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common import arguments, save
 
 from fsvfm.data.manifest import Manifest
 from fsvfm.recipes.engine import IMAGES, PARSING_MAPS, Catalogue, Entry, Item, Preparation, Product, spread
@@ -118,13 +119,14 @@ STEPS = {"prepare": prepare, "resume": resume, "epoch": epoch, "inspect": look}
 
 def main() -> None:
     """Run every step in a process of its own and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--images", type=int, default=3_000_000)
     parser.add_argument("--files", action="store_true", help="make empty files for the pictures")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
-    parser.add_argument("--output", type=Path, help="write the numbers as JSON too")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.dry:
+        options.images = 1000
     if options.step:
         start, used = time.perf_counter(), time.process_time()
         STEPS[options.step](options.images, options.folder, options.files)
@@ -157,8 +159,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[step] = json.loads(done.stdout.splitlines()[-1])
             print(f"{step:<10}" + "".join(f"{value:>10.2f}" for value in found[step].values()), flush=True)
-    if options.output:
-        options.output.write_text(json.dumps({"images": options.images, **found}, indent=1) + "\n")
+    save(options, {"rows": found})
 
 
 if __name__ == "__main__":

@@ -13,16 +13,14 @@ memory of one frame for the next one instead of returning it to the system, whic
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 from baseline.video import seek_frames
+from common import arguments, in_turn, own_cpu, save, table
 
 from fsvfm.faces.detect import DlibHOG
 from fsvfm.faces.images import load_image
@@ -51,25 +49,21 @@ def clip(photo: np.ndarray) -> Iterator[np.ndarray]:
         yield cv2.add(frame, np.repeat(noise[number % len(noise)], 3, axis=2))
 
 
-def cpu_seconds(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Least duration of each, measured in turn, so that a busy moment does not hit one of them alone."""
-    durations: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for run, taken in zip((first, second), durations, strict=True):
-            start = time.process_time()
-            run()
-            taken.append(time.process_time() - start)
-    return min(durations[0]), min(durations[1])
+def least(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Least CPU seconds of each."""
+    taken = in_turn({"first": first, "second": second}, repeats, own_cpu)
+    return float(taken["first"].min()), float(taken["second"].min())
 
 
 def main() -> None:
     """Measure, print a table, and write JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--photo", type=Path, required=True, help="photograph with a face")
     parser.add_argument("--frames", type=int, default=32, help="frames taken of the clip")
     parser.add_argument("--repeats", type=int, default=3, help="of every measurement; the fastest counts")
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
+    if options.dry:
+        options.frames, options.repeats = 1, 1
 
     cv2.setNumThreads(1)
     indices = frame_indices(LENGTH, options.frames)
@@ -78,7 +72,7 @@ def main() -> None:
         write_video(file, clip(load_image(options.photo)), rate=25)
         frames = [frame for _, frame in read_frames(file, indices)]
         same = all(np.array_equal(a, b) for a, b in zip(frames, seek_frames(file, indices), strict=True))
-        decode, seek = cpu_seconds(
+        decode, seek = least(
             lambda: list(read_frames(file, indices)), lambda: seek_frames(file, indices), options.repeats
         )
 
@@ -87,7 +81,7 @@ def main() -> None:
         entry = Entry(str(file), "clip", 0, "test", "real", "clip", frames=options.frames)
         faces = len(worker(entry).values["faces"])  # also loads the models
         detector(frames[0])
-        bare, chain = cpu_seconds(lambda: [detector(frame) for frame in frames], lambda: worker(entry), options.repeats)
+        bare, chain = least(lambda: [detector(frame) for frame in frames], lambda: worker(entry), options.repeats)
 
     count = len(indices)
     rows = {
@@ -97,18 +91,13 @@ def main() -> None:
         "decode, detect, crop, write (ours)": count / chain,
     }
     ratios = {"decode": seek / decode, "chain": bare / chain}
-    print(f"{count} of {LENGTH} frames, {WIDTH}×{HEIGHT}, {faces} faces, one CPU thread, pixels equal: {same}")
-    print(f"{'':40}{'frames/s':>12}")
-    for name, value in rows.items():
-        print(f"{name:40}{value:12,.2f}")
+    heading = f"{count} of {LENGTH} frames, {WIDTH}×{HEIGHT}, {faces} faces, one CPU thread, pixels equal: {same}"
+    figures = {name: {"frames/s": value} for name, value in rows.items()}
+    table(heading, {"frames/s": ",.2f"}, figures)
     print(f"decoding in order is {ratios['decode']:.1f} times as fast as seeking")
     print(f"the chain reaches {ratios['chain']:.1%} of the bare detector's rate")
-    if options.output:
-        figures = {"frames": count, "length": LENGTH, "size": [WIDTH, HEIGHT], "faces": faces, "pixels_equal": same}
-        report = {**figures, "opencv": cv2.__version__, "ratios": ratios, "frames_per_cpu_second": rows}
-        unfinished = options.output.with_name(options.output.name + ".tmp")
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        unfinished.replace(options.output)
+    facts = {"length": LENGTH, "size": [WIDTH, HEIGHT], "faces": faces, "pixels_equal": same, "opencv": cv2.__version__}
+    save(options, {**facts, "ratios": ratios, "rows": figures})
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from fsvfm import speed
 from fsvfm.cli import say
 from fsvfm.errors import ConfigError, DataError
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 #: Keys of the ``data`` group that describe the data set; all others are arguments of the data module.
 DATA_FACTS = ("name", "prepare", "mean", "std")
-STEPS = ("fit", "test")
+#: What ``run`` may list. Both of the last two need test sets.
+STEPS = ("fit", "finetune", "test", "evaluate")
 
 #: Beginnings of checkpoint names that are no local paths.
 REMOTE = ("hf://", "zoo:", "timm:")
@@ -47,7 +50,9 @@ def prepared(folder: str | Path) -> bool:
 
 #: How to give a value that no experiment can know.
 _CHOICES = {
-    "data.target": "which data set is left out? choose target=M, C, I or O (MCIO), or target=W, CeFA or S (WCS)"
+    "data.target": "which data set is left out? choose target=M, C, I or O (MCIO), or target=W, CeFA or S (WCS)",
+    "model.init": "FaRL's weights are no download of the hub: get FaRL-Base-Patch16-LAIONFace20M-ep64.pth from "
+    "github.com/FacePerceiver/FaRL and give model.init=<that file>",
 }
 
 
@@ -60,10 +65,12 @@ def _missing_values(cfg: DictConfig) -> list[str]:
 def _data_problems(cfg: DictConfig) -> list[str]:
     problems = []
     wanted = [(cfg.data.name, path, cfg.data.prepare) for path in cfg.data.manifests] if "fit" in cfg.run else []
-    if "test" in cfg.run:
+    if {"test", "evaluate"} & set(cfg.run):
         wanted += [(name, test.manifest, test.prepare) for name, test in cfg.get("testsets", {}).items()]
         if not cfg.get("testsets"):
-            problems.append("run contains `test` but the protocol has no test sets; choose protocol=… or run=[fit]")
+            problems.append(
+                f"run={list(cfg.run)} is to test, but the protocol has no test sets; choose protocol=… or run=[fit]"
+            )
     for name, path, how in wanted:
         if not prepared(path):
             where = Path(path).expanduser().absolute()
@@ -99,8 +106,8 @@ def testset_rows(test: Mapping[str, Any]) -> Manifest:
 
 def _leak_problems(cfg: DictConfig) -> list[str]:
     """Videos and people that would be trained on and tested on."""
-    if not {"fit", "test"} <= set(cfg.run):
-        return []
+    if "fit" not in cfg.run or not {"test", "evaluate"} & set(cfg.run) or "finetune" in cfg.run:
+        return []  # of an agenda with `finetune`, the detector's training data counts: see `check`
     from fsvfm.data.manifest import Manifest, check_leaks
 
     problems = []
@@ -143,18 +150,23 @@ def _value_problems(cfg: DictConfig) -> list[str]:
     unknown = [step for step in cfg.run if step not in STEPS]
     if unknown or not cfg.run:
         problems.append(f"run={list(cfg.run)}: expected a list of {', '.join(STEPS)}")
-    if cfg.model.image_size % cfg.model.patch_size:
+    if cfg.model.image_size % cfg.model.get("patch_size", 1):
         problems.append(
             f"model.image_size={cfg.model.image_size} is not a multiple of model.patch_size={cfg.model.patch_size}"
         )
+    if "PretrainTask" in cfg.task._target_ and cfg.model.get("family", "vit") != "vit":
+        problems.append(f"model={cfg.model.name} (family {cfg.model.family}) cannot be pre-trained; plain ViTs can")
     if not 0 < cfg.masking.ratio < 1:
         problems.append(f"masking.ratio={cfg.masking.ratio}: expected a share between 0 and 1 (the papers use 0.75)")
     if cfg.optim.base_lr <= 0:
         problems.append(f"optim.base_lr={cfg.optim.base_lr}: expected a positive learning rate")
+    if cfg.objective.mode not in ("min", "max"):
+        problems.append(f"objective.mode={cfg.objective.mode}: expected min or max")
     if cfg.data.batch_size < 1:
         problems.append(f"data.batch_size={cfg.data.batch_size}: expected at least 1")
     if cfg.augment.mixup and "ForgeryTask" in cfg.task._target_ and cfg.data.batch_size % 2:
         problems.append(f"data.batch_size={cfg.data.batch_size} must be even: mixup pairs the images of a batch")
+    problems += speed.problems(cfg)
     init = cfg.model.init
     remote = init is not None and str(init).startswith(REMOTE)
     if init is not None and not remote and not Path(str(init)).expanduser().exists():
@@ -166,20 +178,38 @@ def _value_problems(cfg: DictConfig) -> list[str]:
     return problems
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, detector: DictConfig | None = None) -> None:
     """Validate a configuration as a whole.
+
+    Args:
+        cfg: what is to run.
+        detector: the configuration of its step ``finetune``, checked now rather than after days of pre-training.
 
     Raises:
         ConfigError: with every problem found, each saying what to do.
     """
+    problems = _problems(cfg)
+    if "fit" in cfg.run and cfg.model.family == "rffr" and cfg.model.init is None:
+        problems.append(
+            "model.init=null: rffr compares faces with a trained generator's reconstructions; give the export of "
+            "experiment=rffr_pretrain"
+        )
+    if detector is not None:
+        later = detector.copy()
+        later.model.init, later.run = None, ["fit", "test"] if detector.get("testsets") else ["fit"]
+        problems += [f"finetune: {problem}" for problem in _problems(later) if problem not in problems]
+    if problems:
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+        raise ConfigError(f"this run cannot start; {len(problems)} thing(s) to settle first:\n{listed}")
+
+
+def _problems(cfg: DictConfig) -> list[str]:
     problems = _missing_values(cfg)
     if not problems:
         problems = _value_problems(cfg) + _data_problems(cfg) + _device_problems(cfg)
     if not problems:
         problems = _leak_problems(cfg)
-    if problems:
-        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-        raise ConfigError(f"this run cannot start; {len(problems)} thing(s) to settle first:\n{listed}")
+    return problems
 
 
 def initial_checkpoint(cfg: DictConfig) -> Any:
@@ -229,12 +259,30 @@ def build_task(cfg: DictConfig, data: pl.LightningDataModule) -> pl.LightningMod
     if checkpoint is not None:
         report = task.initialise(checkpoint)
         say(f"initialised from {cfg.model.init}: {report}")
+    note = speed.apply(cfg, task)
+    if note is not None:
+        say(note)
     return task
 
 
+def micro_batch(cfg: Mapping[str, Any]) -> int:
+    """Images that all processes together take at a time (in anti-spoofing: of each class and domain)."""
+    trainer, data = cfg["trainer"], cfg["data"]
+    if "AntispoofData" in data["_target_"]:  # its batch_size is shared out among the processes
+        return int(data["batch_size"])
+    devices = trainer["devices"]
+    if not isinstance(devices, int) or devices < 1:
+        devices = _cuda_devices() or 1
+    return int(data["batch_size"] * devices * trainer["num_nodes"])
+
+
+def effective_batch(cfg: Mapping[str, Any]) -> int:
+    """Images of an optimisation step."""
+    return micro_batch(cfg) * int(cfg["trainer"]["accumulate_grad_batches"])
+
+
 def _report_batch(cfg: DictConfig) -> None:
-    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else _cuda_devices() or 1
-    effective = cfg.data.batch_size * devices * cfg.trainer.num_nodes * cfg.trainer.accumulate_grad_batches
+    effective = effective_batch(cfg)
     if not cfg.optim.scale_lr:
         return say(f"learning rate {cfg.optim.base_lr:g}, whatever the batch size")
     lr = cfg.optim.base_lr * effective / 256
@@ -249,7 +297,7 @@ def _quieten() -> None:
     """Leave out Lightning's hints that are no news here; its warnings about the run stay."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
-        ".*Previous log files in this directory will be deleted.*",  # callbacks.csv_log keeps them
+        ".*Previous log files in this directory will be deleted.*",  # loggers.MetricsFile keeps them
         ".*Checkpoint directory .* exists and is not empty.*",  # runs continue in their folder
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
@@ -257,20 +305,28 @@ def _quieten() -> None:
         r".*module\(s\) in eval mode at the start.*",  # a frozen backbone is meant to be
         ".*Total length of `list` across ranks is zero.*",  # no validation, as asked
         ".*LeafSpec.*",
+        ".*`broadcast_buffers` is deprecated.*",  # its successor is not in all versions of PyTorch that we support
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing is done to it in place
     ):
         warnings.filterwarnings("ignore", message)
 
 
+def build_loggers(cfg: DictConfig) -> list[Any]:
+    """The loggers of the ``logger`` group."""
+    return [create(value) for value in cfg.logger.values() if value is not None]
+
+
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """Trainer with the callbacks and loggers of their groups; metrics.csv in the run folder is always written."""
-    from fsvfm.callbacks.csv_log import MetricsFile
+    from fsvfm import strategies
+    from fsvfm.loggers import MetricsFile
 
     _report_batch(cfg)
     _quieten()
     callbacks = [create(value) for value in cfg.callbacks.values() if value is not None]
-    loggers = [MetricsFile(str(cfg.paths.run))]
-    loggers += [create(value) for value in cfg.logger.values() if value is not None]
-    return create(cfg.trainer, callbacks=callbacks, logger=loggers)
+    loggers = [MetricsFile(str(cfg.paths.run)), *build_loggers(cfg)]
+    strategy = strategies.choose(cfg.trainer)
+    return create(cfg.trainer, without=("strategy",), strategy=strategy, callbacks=callbacks, logger=loggers)
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -282,6 +338,8 @@ def run_folder(cfg: DictConfig) -> Path:
 
 def checkpoints(cfg: DictConfig) -> dict[str, str]:
     """What to evaluate: label → checkpoint.
+
+    Among several, exports of experiments that were not run yet may be named: see :func:`absent_run`.
 
     Raises:
         ConfigError: a local checkpoint does not exist.
@@ -295,10 +353,22 @@ def checkpoints(cfg: DictConfig) -> dict[str, str]:
         chosen = {str(label): str(path) for label, path in cfg.ckpt.items()}
     local = {label: path for label, path in chosen.items() if not path.startswith(REMOTE)}
     absent = [f"  {label}: {path}" for label, path in local.items() if not Path(path).expanduser().exists()]
-    if absent:
+    known = [label for label, path in local.items() if absent_run(path)]
+    if absent and (len(absent) > len(known) or len(known) == len(chosen)):
         listed = "\n".join(absent)
         raise ConfigError(f"no checkpoint at\n{listed}\nTrain it first, or say what to evaluate with ckpt=<path>")
     return chosen
+
+
+def absent_run(source: str) -> str:
+    """Why there is no checkpoint and what makes it, for `…/<experiment>/export` that does not exist; else empty."""
+    path = Path(source).expanduser()
+    if source.startswith(REMOTE) or path.exists() or path.name != "export":
+        return ""
+    experiment = path.parent.name
+    if not resources.files("fsvfm.configs").joinpath("experiment", f"{experiment}.yaml").is_file():
+        return ""
+    return f"not trained yet: `python -m fsvfm.train experiment={experiment}` makes {path}"
 
 
 def require_testsets(cfg: DictConfig) -> None:
@@ -314,7 +384,40 @@ def require_testsets(cfg: DictConfig) -> None:
 
 
 #: Settings that may change when a run is continued: they do not change what is computed.
-_FREE = ("run", "resume", "ckpt", "evaluate", "logger", "paths", "hydra", "protocol", "testsets", "name", "callbacks")
+_FREE = (
+    "run", "resume", "ckpt", "evaluate", "logger", "paths", "hydra", "protocol", "testsets", "name", "callbacks",
+    "objective", "ablation", "speed", "finetune",  # the detector's own folder looks after its settings
+)  # fmt: skip
+
+
+#: How the work is spread over devices may change, too, as long as an optimisation step has as many images.
+_SPREAD = (
+    "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accumulate_grad_batches", "data.batch_size",
+    "data.workers", "trainer.default_root_dir",
+)  # fmt: skip
+
+
+def _require_same_batch(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a continued run has the effective batch it had; tell what else changes."""
+    wanted, given, at_once = effective_batch(old), effective_batch(new), micro_batch(new)
+    if wanted != given:
+        each = int(new["data"]["batch_size"])
+        sizes = [size for size in range(each, 0, -1) if wanted % (at_once // each * size) == 0]
+        how = "choose a number of devices that divides it"
+        if sizes:
+            keep = wanted // (at_once // each * sizes[0])
+            how = f"keep it with data.batch_size={sizes[0]} trainer.accumulate_grad_batches={keep}"
+        raise ConfigError(
+            f"{folder} holds a run with {wanted} images in an optimisation step; now there would be {given}. To "
+            f"continue it, {how}. To go on with another batch all the same, make it a run of its own: name=<new> "
+            f"resume={folder / 'checkpoints' / 'last.ckpt'}"
+        )
+    if micro_batch(old) != at_once:
+        say(
+            f"continuing with micro-batches of {at_once} images instead of {micro_batch(old)}: the steps take the same "
+            "images in the same order; the masks differ, an in-batch contrast (infonce, mocov3, FS-Adapter) sees other "
+            "company, and callbacks.ema.update=micro_batch moves the target at another rate"
+        )
 
 
 def settle_folder(cfg: DictConfig) -> None:
@@ -335,6 +438,7 @@ def settle_folder(cfg: DictConfig) -> None:
                 f"{folder} holds a run with other settings:\n{listed}\n"
                 "Give this run its own name=…, delete the folder, or start it over with resume=never"
             )
+        _require_same_batch(folder, old, new)  # type: ignore[arg-type]
     temporary = file.with_suffix(".tmp")
     OmegaConf.save(OmegaConf.create(new), temporary)
     temporary.replace(file)
@@ -344,7 +448,7 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Any:
     """(key, old, new) of every setting that matters and differs."""
     for key in sorted({*old, *new}, key=str):
         name = f"{prefix}{key}"
-        if name in _FREE or name in ("trainer.devices", "data.workers", "trainer.default_root_dir"):
+        if name in _FREE or name in _SPREAD:
             continue
         was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):

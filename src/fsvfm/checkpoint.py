@@ -20,17 +20,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsvfm import zoo
 from fsvfm.errors import CheckpointError
 from fsvfm.exports import PREFIXES, check_state, is_triple, is_vit, plain, read_meta, save_export, validate_meta
 from fsvfm.loading import LoadReport, load_into, resize_pos_embed
+from fsvfm.models import timm_backbone
 from fsvfm.models.lora import fold, has_lora, renamed_for
 from fsvfm.models.vit import SIZES
 from fsvfm.published import (
@@ -43,7 +44,7 @@ from fsvfm.published import (
     recognise,
     to_published,
 )
-from fsvfm.timm_vit import TIMM, load_timm
+from fsvfm.timm_vit import CLIP_VISUAL, TIMM, TimmWeights, load_clip, load_timm
 from fsvfm.zoo import STATS_FILE, ZooEntry
 
 __all__ = [
@@ -138,7 +139,7 @@ def load_checkpoint(
     Args:
         source: an export folder (or its `model.safetensors`, or a run folder holding `export/`), a released `.pth` or
             a folder with one, a Lightning `.ckpt` of ours (low-rank updates become part of the weights),
-            `hf://<owner>/<repository>/<file>`, `zoo:<short name>`, or `timm:<model name>` of a plain ViT.
+            `hf://<owner>/<repository>/<file>`, `zoo:<short name>`, or `timm:<model name>`.
         target: for pre-training checkpoints also load the target network (released: `checkpoint-te-*.pth` beside it).
         heads: attention heads, for released files of a width that is no known size.
         decoder_heads: attention heads of both decoders of such a file (published: 16).
@@ -149,7 +150,7 @@ def load_checkpoint(
         CheckpointError: absent, damaged, unsafe, of no known layout, of inconsistent sizes, or with unexplained keys.
     """
     if os.fspath(source).startswith(TIMM):
-        loaded = _load_timm(os.fspath(source))
+        loaded = _encoder(load_timm(os.fspath(source)), os.fspath(source))
     else:
         loaded = _load_file(source, target, heads, decoder_heads)
     meta = dict(loaded.meta)
@@ -182,8 +183,7 @@ def _load_file(
     return replace(loaded, notes=(*resolved.notes, *loaded.notes))
 
 
-def _load_timm(source: str) -> Checkpoint:
-    found = load_timm(source)
+def _encoder(found: TimmWeights, source: str) -> Checkpoint:
     meta = {
         "kind": "encoder", "task": "pretrain", "model": found.model, "tune": None, "mean": found.mean, "std": found.std,
         "class_order": None, "provenance": found.provenance,
@@ -223,7 +223,8 @@ def _load_lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         kind, task = "pretrain", "pretrain"
     else:
         kind = "detector"
-        state = {key.removeprefix("detector."): tensor for key, tensor in state.items()}
+        # SLADD's policy only serves its training; a detector is exported without it.
+        state = {k.removeprefix("detector."): tensor for k, tensor in state.items() if not k.startswith("policy.")}
         task = "antispoof" if "head.embed.weight" in state else "forgery"
     given, tune = dict(parameters.get("model") or {}), parameters.get("tune")
     if has_lora(state):
@@ -277,6 +278,8 @@ def _load_published(
     arguments = plain(content.get("args") or {})
     own = json.loads(arguments.pop(_OWN_META)) if isinstance(arguments.get(_OWN_META), str) else None
     tensors = _tensors(path, content)
+    if CLIP_VISUAL in tensors:
+        return _encoder(load_clip(tensors, path), str(path))
     layout = recognise(tensors)
     state = from_published(tensors, layout)
     notes: list[str] = []
@@ -397,13 +400,30 @@ def encoder_state(checkpoint: Checkpoint, which: str = "online") -> dict[str, Te
     return {key.removeprefix(prefix): tensor for key, tensor in checkpoint.state.items() if key.startswith(prefix)}
 
 
-def load_backbone(backbone: VisionTransformer, checkpoint: Checkpoint, which: str = "online") -> LoadReport:
+def load_backbone(backbone: nn.Module, checkpoint: Checkpoint, which: str = "online") -> LoadReport:
     """Start a downstream backbone from a checkpoint; see `encoder_state` for what is used and what stays fresh.
+
+    Args:
+        backbone: a plain ViT (`models.vit.create_backbone`), or a network of timm (`models.timm_backbone.create`).
+        checkpoint: of the same kind of network.
+        which: see `encoder_state`.
 
     Raises:
         CheckpointError: another architecture (says which settings would fit), or keys that nobody can explain.
     """
     state = encoder_state(checkpoint, which)
+    model = checkpoint.meta["model"]
+    here = timm_backbone.architecture(backbone)
+    there = None if is_vit(model) else model.get("architecture") or f"networks of the family {model['family']}"
+    if here != there:
+        found, wanted = (f"timm's {name}" if name else "a plain ViT (model.family=vit)" for name in (there, here))
+        raise CheckpointError(
+            f"{checkpoint.source} holds {found}, but the model to start from it is {wanted}; give another model=…, or "
+            "another checkpoint as model.init"
+        )
+    if here is not None:
+        return timm_backbone.load(backbone, state, model)
+    backbone = cast(VisionTransformer, backbone)
     _require_same_architecture(backbone, checkpoint)
     return load_into(
         backbone, renamed_for(backbone, state), expect_missing=DOWNSTREAM_MISSING, expect_unused=DOWNSTREAM_UNUSED

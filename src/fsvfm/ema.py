@@ -35,10 +35,10 @@ def ema_update(target: Iterable[Tensor], online: Iterable[Tensor], weight: float
         raise ValueError(f"EMA over {len(targets)} target and {len(onlines)} online tensors; expected as many of each.")
     if not targets:
         return
-    if not isinstance(weight, Tensor):
-        torch._foreach_lerp_(targets, onlines, weight)
+    if not isinstance(weight, Tensor) or weight.device.type == "cpu":
+        torch._foreach_lerp_(targets, onlines, float(weight))
         return
-    # A scalar tensor given to lerp would be read back to the host; multiplication takes it where it is.
+    # A scalar tensor given to lerp would be read back from the device; multiplication takes it where it is.
     step = torch._foreach_sub(onlines, targets)
     torch._foreach_mul_(step, weight)
     torch._foreach_add_(targets, step)
@@ -82,7 +82,7 @@ class EMATarget(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One update, of weight zero where the loss or the step was not finite."""
+        """One update, of weight zero after an optimisation step that was not taken."""
         task = cast(PretrainTask, pl_module)
         stepped = trainer.global_step != self._stepped
         self._stepped = trainer.global_step
@@ -96,8 +96,10 @@ class EMATarget(pl.Callback):
             iteration = task.micro_step(batch_idx)
             iterations = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
         momentum = ema_momentum(iteration, base=self.base, final=self.final, iterations=iterations)
-        finite = task.micro_finite * task.step_taken if stepped else task.micro_finite
+        # Between optimisation steps the online network stands still, whatever a loss was: the target moves towards it.
+        weight = (1 - momentum) * task.step_taken if stepped else 1 - momentum
         reshard(task.online, task.target)
         online, target = shared_parameters(task.online, task.target)
-        ema_update(target, online, (1 - momentum) * finite)
-        task.log("train/ema_momentum", momentum, batch_size=1)
+        ema_update(target, online, weight)
+        # As a tensor of the host: a bare number would be copied to the device, and the host would wait for that.
+        task.log("train/ema_momentum", torch.tensor(momentum), batch_size=1)

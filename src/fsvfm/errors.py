@@ -33,3 +33,11 @@ class MetricError(FsvfmError, ValueError):
 
 class TrainingStopped(FsvfmError):
     """Training stopped itself (for example after too many non-finite losses); a checkpoint was written first."""
+
+
+class Preempted(FsvfmError):
+    """A signal ended the run in time: a checkpoint continues it. ``status`` is the command's exit status."""
+
+    def __init__(self, message: str, status: int = 75) -> None:
+        super().__init__(message)
+        self.status = status

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hydra
 from omegaconf import DictConfig
 
 from fsvfm import cli
 
 
-@hydra.main(version_base="1.3", config_path="pkg://fsvfm.configs", config_name="evaluate")
-@cli.guard
+@cli.command("evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate as configured."""
     from fsvfm.runner import evaluate_once

@@ -10,10 +10,12 @@ import platform
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,13 +31,14 @@ from fsvfm.data.corruptions import corrupt
 from fsvfm.data.datamodules import make_loader
 from fsvfm.data.datasets import LabelledFaces
 from fsvfm.data.manifest import Manifest, check_leaks
+from fsvfm.data.sampling import derive_seed
 from fsvfm.data.storage import read_image
 from fsvfm.data.transforms import normalise, test_transform
 from fsvfm.errors import CheckpointError, ConfigError, DataError, FsvfmError, MetricError
 from fsvfm.exports import save_export
 from fsvfm.loading import load_into
 from fsvfm.metrics import antispoof, calibration, forgery
-from fsvfm.models.detector import Detector, build_detector
+from fsvfm.models.detector import Detector, build_detector, cost
 from fsvfm.processes import Processes
 from fsvfm.report_tables import families, percent, result_rows, write_tables
 
@@ -45,16 +48,47 @@ KEPT = ("path", "label", "method", "video", "subject", "frame", "dataset")
 #: Metrics of a corrupted test set.
 _ROBUSTNESS = ("auc", "eer", "hter")
 
+#: Bootstrap replicates of the metrics on validation faces, which only loggers show.
+_VALIDATION_REPLICATES = 200
+
 METRICS = {"forgery": forgery, "antispoof": antispoof}
 
+#: Arithmetic of the network, by Lightning's names: float32, or bfloat16 where autocast takes it.
+PRECISIONS = ("32-true", "bf16-mixed")
 
-class LoadedDetector(NamedTuple):
-    """A detector in evaluation mode with its normalisation; ``score`` takes uint8 images."""
+#: Most images per forward pass that ``auto`` tries on a GPU, which larger ones do not make faster.
+LARGEST = 512
+
+#: What ``auto`` is on a processor: larger batches leave its caches, and a video's network could start later only.
+ON_CPU = 8
+
+#: Faces of a test set that are also scored in float32, to measure what half precision does.
+_CHECKED = 512
+
+
+@dataclass(eq=False)
+class LoadedDetector:
+    """A detector in evaluation mode with its normalisation; ``score`` takes uint8 images.
+
+    Attributes:
+        network: on its device.
+        mean: (1, 3, 1, 1) of pixels in 0–255, on the same device.
+        std: likewise.
+        checkpoint: where it is from.
+        precision: one of :data:`PRECISIONS`.
+        most: images that fit into the device's memory at once, learnt where it ran out; None if it never did.
+    """
 
     network: Detector
     mean: torch.Tensor
     std: torch.Tensor
     checkpoint: Checkpoint
+    precision: str = "32-true"
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision={self.precision}: expected {' or '.join(PRECISIONS)}")
 
     @property
     def image_size(self) -> int:
@@ -69,20 +103,69 @@ class LoadedDetector(NamedTuple):
     def score(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 images to P(fake), (B,) float64: the logistic function of the difference of the logits.
 
-        Double precision keeps very sure scores apart, which float32 would round to 1.
+        Double precision keeps very sure scores apart, which float32 would round to 1. A batch for which the GPU's
+        memory does not suffice is halved until it does, and so are those that follow.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: not even one image fits.
         """
+        scores: list[torch.Tensor] = []
+        while images.shape[0] or not scores:
+            try:
+                scores.append(self._score(images[: self.most]))
+                images = images[scores[-1].shape[0] :]
+                continue
+            except torch.cuda.OutOfMemoryError:
+                tried = images[: self.most].shape[0]
+                if tried <= 1:
+                    raise
+                self.most = tried // 2
+            torch.cuda.empty_cache()  # here, where the error no longer holds what the forward pass had made
+        return torch.cat(scores)
+
+    def _score(self, images: torch.Tensor) -> torch.Tensor:
+        device = self.mean.device
+        half = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
         with torch.inference_mode():
-            images = normalise(images.to(self.mean.device, non_blocking=True), self.mean, self.std)
-            logits = self.network(images).logits.double()
+            images = normalise(images.to(device, non_blocking=True), self.mean, self.std)
+            with half:
+                logits = self.network(images).logits.double()
             fake = self.network.class_order.index("fake")
             return torch.sigmoid(logits[:, fake] - logits[:, 1 - fake])
 
+    def batch_size(self, asked: int | str) -> int:
+        """Images per forward pass: as asked, or for ``auto`` what suits the device.
 
-def load_detector_network(source: str, *, device: str | torch.device = "cpu") -> LoadedDetector:
+        Raises:
+            ConfigError: neither ``auto`` nor 1 or more.
+        """
+        if asked == "auto":
+            return self._fitting if self.mean.device.type == "cuda" else ON_CPU
+        if not isinstance(asked, int) or asked < 1:
+            raise ConfigError(f"batch_size must be auto, or 1 or more, got {asked}")
+        return asked
+
+    @cached_property
+    def _fitting(self) -> int:
+        return self.largest_batch(LARGEST)
+
+    def largest_batch(self, limit: int) -> int:
+        """The largest power of two, `limit` at most, that fits into the device's memory, found by trying.
+
+        Where the memory ran out, half of what just fitted: other batches wait there too, and other programs.
+        """
+        self.score(torch.zeros((limit, 3, self.image_size, self.image_size), dtype=torch.uint8))
+        return limit if self.most is None else max(1, min(limit, self.most // 2))
+
+
+def load_detector_network(
+    source: str, *, device: str | torch.device = "cpu", precision: str = "32-true"
+) -> LoadedDetector:
     """Load a detector from anything that holds one: an export, a run folder, a released or Lightning checkpoint.
 
     Raises:
         CheckpointError: the source holds no detector, or lacks its normalisation.
+        ConfigError: no such precision.
     """
     checkpoint = load_checkpoint(source)
     if checkpoint.kind != "detector":
@@ -95,7 +178,7 @@ def load_detector_network(source: str, *, device: str | torch.device = "cpu") ->
     network = build_detector(meta["model"], meta["tune"], meta["class_order"], task=meta["task"], quirk=quirk)
     load_into(network, checkpoint.state)
     mean, std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in normalisation(checkpoint))
-    return LoadedDetector(network.to(device).eval(), mean, std, checkpoint)
+    return LoadedDetector(network.to(device).eval(), mean, std, checkpoint, precision)
 
 
 class CorruptedFaces(LabelledFaces):
@@ -124,7 +207,7 @@ def predict(
     detector: LoadedDetector,
     rows: LabelledFaces,
     *,
-    batch_size: int,
+    batch_size: int | str,
     workers: int,
     title: str,
     group: Processes | None = None,
@@ -134,7 +217,7 @@ def predict(
     Args:
         detector: on this process's device.
         rows: samples with ``image`` (3, S, S) uint8 and ``unreadable``.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass, or ``auto``: see :meth:`LoadedDetector.batch_size`.
         workers: loader processes.
         title: for the progress bar and messages.
         group: the processes that share the work; None is this one alone.
@@ -147,6 +230,7 @@ def predict(
     """
     group = group or Processes(0, 1, detector.mean.device)
     mine = group.share(len(rows))
+    batch_size = detector.batch_size(batch_size)
     problem, scores = "", np.empty(0)
     try:
         loader = make_loader(Subset(rows, mine), workers=workers, batch_size=batch_size)
@@ -175,7 +259,7 @@ def predict_manifest(
     detector: LoadedDetector,
     manifest: Manifest,
     *,
-    batch_size: int,
+    batch_size: int | str,
     workers: int,
     title: str,
     group: Processes | None = None,
@@ -280,9 +364,12 @@ def evaluate(cfg: DictConfig, chosen: Mapping[str, str], out: Path) -> dict[str,
     """
     group = processes.join(cfg.trainer)
     results: dict[str, dict[str, Any]] = {}
-    predictions, notes = [], list[str]()
+    predictions, notes, costs = [], list[str](), dict[str, dict[str, float]]()
     for label, source in chosen.items():
-        detector = load_detector_network(source, device=group.device)
+        if reason := build.absent_run(source):
+            results[label] = {name: {"gap": reason} for name in cfg.testsets}
+            continue
+        detector = load_detector_network(source, device=group.device, precision=cfg.evaluate.precision)
         task = detector.checkpoint.meta["task"]
         if cfg.protocol.task not in (None, task):
             raise ConfigError(
@@ -290,6 +377,7 @@ def evaluate(cfg: DictConfig, chosen: Mapping[str, str], out: Path) -> dict[str,
                 "choose a protocol of its task, or name test sets yourself with protocol=none testset=[…]"
             )
         notes += _remarks(label, detector)
+        costs[label] = cost(detector.network, detector.image_size)
         trained_on = _training_rows(source)
         for name, test in cfg.testsets.items():
             title = f"{label} on {name}"
@@ -304,7 +392,11 @@ def evaluate(cfg: DictConfig, chosen: Mapping[str, str], out: Path) -> dict[str,
             results.setdefault(label, {})[name] = summary
     if group.rank:
         return {}
-    _write(out, cfg, chosen, results, predictions, notes)
+    _write(out, cfg, chosen, results, predictions, notes, costs)
+    if predictions:
+        from fsvfm import logged  # with matplotlib, which scoring alone does without
+
+        logged.show(cfg, pd.concat(predictions, ignore_index=True), results, out)
     missing = [
         f"  {run} on {name}: {s['gap']}" for run, sets in results.items() for name, s in sets.items() if "gap" in s
     ]
@@ -330,6 +422,10 @@ def _evaluate_one(
         notes += [f"{title}: {text}" for text in check_leaks(trained_on, rows)]
     options: dict[str, Any] = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.workers, "group": group}
     table = predict_manifest(detector, rows, title=title, **options)
+    exact = None
+    if detector.precision != "32-true":
+        some = rows.sample(_CHECKED, derive_seed(cfg.seed))
+        exact = predict_manifest(replace(detector, precision="32-true"), some, title=f"{title}, float32", **options)
 
     summary: dict[str, Any] = {}
     problem: FsvfmError | None = None
@@ -340,6 +436,8 @@ def _evaluate_one(
             )
             if detector.calibration:
                 summary |= _calibrated(table, detector.calibration)
+            if exact is not None:
+                notes.append(f"{title}: {_effect(detector.precision, table, exact)}")
         except MetricError as error:
             problem = error  # raised below: the other processes still expect this one at the corrupted images
     if corruptions:
@@ -347,6 +445,18 @@ def _evaluate_one(
     if problem is not None:
         raise problem
     return table, summary
+
+
+def _effect(precision: str, table: pd.DataFrame, exact: pd.DataFrame) -> str:
+    """What a precision did to scores, in words, by the rows of `exact`, which were scored in float32 too."""
+    half = table.drop_duplicates("path").set_index("path")["score"].loc[exact["path"]].to_numpy()
+    largest = np.abs(half - exact["score"].to_numpy()).max()
+    compared = f"on {len(exact)} faces scored in float32 too"
+    text = f"computed in {precision}; {compared}, P(fake) differs by {largest:.2g} at most"
+    if exact["label"].nunique() < 2:
+        return f"{text}; they are of one class, so that there is no AUC"
+    before, after = (100 * forgery.auc(scores, exact["label"]) for scores in (exact["score"], half))
+    return f"{text}, their AUC is {after:.2f} % instead of {before:.2f} % ({after - before:+.2f})"
 
 
 def _remarks(label: str, detector: LoadedDetector) -> list[str]:
@@ -368,6 +478,7 @@ def _write(
     results: Mapping[str, Any],
     predictions: Sequence[pd.DataFrame],
     notes: Sequence[str],
+    costs: Mapping[str, Mapping[str, float]],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if predictions:
@@ -382,7 +493,9 @@ def _write(
         "protocol": str(cfg.protocol.name),
         "published": OmegaConf.to_container(cfg.protocol.published, resolve=True),
         "notes": list(dict.fromkeys(notes)),
+        "costs": dict(costs),
         "seed": cfg.seed,
+        "precision": str(cfg.evaluate.precision),
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -411,9 +524,9 @@ def _print(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
 
 
 def calibrate_export(
-    folder: Path, rows: Manifest, *, source: str, conformal_alpha: float | None, batch_size: int, workers: int,
+    folder: Path, rows: Manifest, *, source: str, conformal_alpha: float | None, batch_size: int | str, workers: int,
     group: Processes | None = None,
-) -> None:  # fmt: skip
+) -> tuple[pd.DataFrame, dict[str, Any]] | None:  # fmt: skip
     """Fit temperature and thresholds of an exported detector on validation rows and store them in the export.
 
     Args:
@@ -421,9 +534,12 @@ def calibrate_export(
         rows: validation faces, never test faces.
         source: what they are, in words; stored.
         conformal_alpha: error rate of the split-conformal band, or None for no band.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass, or ``auto``.
         workers: loader processes.
         group: the processes that share the work.
+
+    Returns:
+        On the first process, the rows with their ``score`` and a summary as of :func:`evaluate`, for figures.
 
     Raises:
         DataError: an unreadable image.
@@ -433,8 +549,11 @@ def calibrate_export(
     detector = load_detector_network(str(folder), device=device)
     table = predict_manifest(detector, rows, batch_size=batch_size, workers=workers, title="calibration", group=group)
     if table is None:
-        return
+        return None
     fitted = calibration.calibrate(
         table["score"].to_numpy(), table["label"].to_numpy(), source=source, conformal_alpha=conformal_alpha
     )
     save_export(folder, detector.checkpoint.state, {**detector.checkpoint.meta, "calibration": fitted})
+    metrics = METRICS[detector.checkpoint.meta["task"]]
+    summary = metrics.summarise(table, cluster=_clusters(table), replicates=_VALIDATION_REPLICATES)
+    return table, {**summary, **_calibrated(table, fitted)}

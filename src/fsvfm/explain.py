@@ -38,6 +38,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.special import expit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fsvfm.checkpoint import load_checkpoint, normalisation
@@ -251,7 +252,9 @@ def explain(
         temperature = _temperature(detector)
         scores = float(expit(logit * temperature)), float(expit(logit))
         found = Explanation(face, detector.checkpoint.meta["task"], *scores, logit, temperature)
-        if "rollout" in wanted:
+        if "rollout" in wanted and (reason := _no_rollout(detector.network.backbone)):
+            found.omitted["rollout"] = reason
+        elif "rollout" in wanted:
             found.patches["rollout"] = attention_rollout(detector, image)
             if detector.network.backbone.global_pool == "avg":
                 found.notes.append(
@@ -287,7 +290,21 @@ def _logits(detector: LoadedDetector, images: Tensor) -> Tensor:
 
 
 def _patch_size(detector: LoadedDetector) -> int:
-    return int(detector.checkpoint.meta["model"]["patch_size"])
+    """Side of the squares that maps are made of: the network's patches, else about a fourteenth of the face."""
+    model = detector.checkpoint.meta["model"]
+    if model.get("patch_size"):
+        return int(model["patch_size"])
+    size = detector.image_size
+    return min((part for part in range(1, size + 1) if size % part == 0), key=lambda part: abs(part - size / 14))
+
+
+def _no_rollout(backbone: nn.Module) -> str:
+    """Why attention cannot be followed through a backbone; empty for ViTs whose feature is a token or their mean."""
+    if not isinstance(backbone, VisionTransformer):
+        return f"attention is followed through plain ViTs only, not through a {type(backbone).__name__}"
+    if backbone.num_prefix_tokens != 1 or backbone.global_pool not in ("avg", "token"):
+        return "attention is followed through ViTs with a CLS token and no other tokens beside the patches"
+    return ""
 
 
 def _grid(values: Tensor | np.ndarray) -> np.ndarray:
@@ -347,7 +364,7 @@ def attention_rollout(detector: LoadedDetector, image: Tensor) -> np.ndarray:
     """
     backbone = detector.network.backbone
     with torch.no_grad():
-        maps = attention_maps(detector.network, list(backbone.blocks), image)
+        maps = attention_maps(detector.network, list(cast(Any, backbone).blocks), image)
     share = torch.zeros(maps[0].shape[-1], dtype=torch.float64, device=image.device)
     if backbone.global_pool == "avg":
         share[1:] = 1 / (len(share) - 1)
@@ -537,18 +554,57 @@ def reconstruction_error(encoder: Reconstructor, face: np.ndarray) -> tuple[np.n
     predicted = torch.zeros_like(truth)
     for visible in orders.to(image.device).tensor_split(_QUARTERS, dim=1):
         masked = torch.ones(orders.shape, dtype=torch.bool, device=image.device).scatter_(1, visible, False)
-        with torch.no_grad():
-            output = encoder.network(image.expand(_SHUFFLES, -1, -1, -1), masked, instance=False)
-        values = cast(Tensor, output.prediction).double()
-        if encoder.norm_pix:
-            values = values * (truth.var(dim=1, keepdim=True) + PIXEL_EPS).sqrt() + truth.mean(dim=1, keepdim=True)
+        values = _predicted(encoder, image.expand(_SHUFFLES, -1, -1, -1), masked)
         squares += ((values - truth).square().mean(dim=2) * masked).sum(dim=0)
         predicted += (values * masked[:, :, None]).sum(dim=0)
         hidden += masked.sum(dim=0)
-    picture = unpatchify((predicted / hidden[:, None])[None], config.patch_size) * encoder.std + encoder.mean
-    pixels = picture[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    pixels = _pixels(encoder, (predicted / hidden[:, None])[None])
     contrast = truth.var(dim=1, correction=0) + (_FLAT / encoder.std.square()).mean()
     return _grid(squares / hidden / contrast), pixels
+
+
+def reconstruct(encoder: Reconstructor, face: np.ndarray, masked: Tensor) -> np.ndarray:
+    """A face with its hidden patches as the network predicts them from the visible ones.
+
+    Args:
+        encoder: of :func:`load_reconstructor`.
+        face: (H, W, 3) uint8 RGB.
+        masked: (1, L) bool, true where a patch is hidden.
+
+    Returns:
+        (S, S, 3) uint8.
+
+    Raises:
+        DataError: not such an image.
+        MaskingError: a mask of another shape.
+    """
+    check_rgb(face)
+    config = encoder.network.encoder.config
+    image = _normalised(face, config.image_size, encoder.mean, encoder.std)
+    masked = masked.to(image.device)
+    values = _predicted(encoder, image, masked)
+    return _pixels(encoder, torch.where(masked[:, :, None], values, patchify(image, config.patch_size).double()))
+
+
+def _predicted(encoder: Reconstructor, images: Tensor, masked: Tensor) -> Tensor:
+    """Patches (B, L, 3P²) float64, normalised, that the network predicts for masks (B, L) bool.
+
+    Where it was trained on patches of mean 0 and variance 1, their own mean and contrast are put in.
+    """
+    with torch.no_grad():
+        output = encoder.network(images, masked, instance=False)
+    values = cast(Tensor, output.prediction).double()
+    if encoder.norm_pix:
+        truth = patchify(images, encoder.network.encoder.config.patch_size).double()
+        values = values * (truth.var(dim=2, keepdim=True) + PIXEL_EPS).sqrt() + truth.mean(dim=2, keepdim=True)
+    return values
+
+
+def _pixels(encoder: Reconstructor, patches: Tensor) -> np.ndarray:
+    """Normalised patches (1, L, 3P²) as a picture (S, S, 3) uint8."""
+    picture = unpatchify(patches, encoder.network.encoder.config.patch_size) * encoder.std + encoder.mean
+    pixels: np.ndarray = picture[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    return pixels
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

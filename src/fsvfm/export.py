@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from fsvfm import cli
@@ -146,12 +145,11 @@ def convert(cfg: DictConfig) -> None:
 
 def describe(checkpoint: Checkpoint) -> None:
     """Print what a checkpoint is."""
+    from fsvfm.exports import size_in_words
+
     meta, model = checkpoint.meta, checkpoint.meta["model"]
     print(f"{checkpoint.source}: {checkpoint.kind} checkpoint, task {meta['task']}")
-    print(
-        f"  {model['name']}: {model['image_size']}×{model['image_size']} pixels, patch {model['patch_size']}, "
-        f"width {model['dim']}, {model['depth']} blocks, {model['heads']} heads"
-    )
+    print(f"  {model['name']}: {size_in_words(model)}")
     print(f"  mean {meta['mean'] or 'unknown'}, std {meta['std'] or 'unknown'}")
     if meta["class_order"]:
         print(f"  class order {', '.join(meta['class_order'])} (logits 0, 1)")
@@ -283,8 +281,7 @@ def calibrate(values: dict[str, Any]) -> None:
     print(f"calibrated on {len(rows)} validation faces of {rows.source}")
 
 
-@hydra.main(version_base="1.3", config_path="pkg://fsvfm.configs", config_name="export")
-@cli.guard
+@cli.command("export")
 def main(cfg: DictConfig) -> None:
     """List the zoo or convert a checkpoint."""
     _check(cfg)

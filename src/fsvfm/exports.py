@@ -29,6 +29,18 @@ def is_vit(model: Mapping[str, Any]) -> bool:
     return model.get("family", "vit") == "vit"
 
 
+def size_in_words(model: Mapping[str, Any]) -> str:
+    """Input and architecture of a model table, in words."""
+    pixels = f"{model['image_size']}×{model['image_size']} pixels"
+    if is_vit(model):
+        return (
+            f"{pixels}, patch {model['patch_size']}, width {model['dim']}, {model['depth']} blocks, "
+            f"{model['heads']} heads"
+        )
+    architecture = model.get("architecture")
+    return f"{pixels}, family {model['family']}{f', architecture {architecture}' if architecture else ''}"
+
+
 def validate_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Check metadata (see the module's docstring) and return a plain copy with `format` and `version` filled in.
 

@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 from fsvfm.checkpoint import Checkpoint, encoder_state, load_backbone, normalisation
 from fsvfm.errors import CheckpointError, ConfigError, DataError
+from fsvfm.exports import is_vit
 from fsvfm.loading import load_into
 from fsvfm.metrics.calibration import CLIP
-from fsvfm.models.detector import build_detector
+from fsvfm.models import timm_backbone
+from fsvfm.models.detector import build_backbone, build_detector
 from fsvfm.models.heads import FASHead
-from fsvfm.models.vit import ViTConfig, create_backbone
+from fsvfm.models.vit import ViTConfig
 
 #: Largest difference to ours that a written file may have: of scores, and of features relative to the largest one.
 TOLERANCE = {"timm": 1e-6, "onnx": 1e-4, "torch_export": 1e-5}
@@ -100,10 +102,10 @@ class Portable(nn.Module):
             )
             load_into(network, checkpoint.state)
         else:
-            network = create_backbone(ViTConfig.from_mapping(meta["model"]))
+            network = build_backbone(meta["model"])
             load_backbone(network, checkpoint, which)
-            model = {field.name: meta["model"][field.name] for field in fields(ViTConfig)}
-            meta = {**meta, "kind": "encoder", "model": model}
+            names = [field.name for field in fields(ViTConfig)] if is_vit(meta["model"]) else [*meta["model"]]
+            meta = {**meta, "kind": "encoder", "model": {name: meta["model"][name] for name in names}}
         return cls(network, meta, mean, std)
 
     @property
@@ -286,22 +288,35 @@ def write_timm(folder: str | os.PathLike[str], model: Portable) -> TimmFile:
     """Write the backbone as ``model.safetensors`` with timm's names, and ``config.json`` with what timm wants to know.
 
     Raises:
-        CheckpointError: timm's features are not ours.
+        CheckpointError: timm's features are not ours, or timm has no such network.
     """
     backbone: Any = model.network.backbone if model.meta["kind"] == "detector" else model.network
     pool = (model.meta.get("tune") or {}).get("pool", "avg")
-    name, arguments = timm_arguments(ViTConfig.from_mapping(model.meta["model"]), pool)
+    table = model.meta["model"]
+    if is_vit(table):
+        name, arguments = timm_arguments(ViTConfig.from_mapping(table), pool)
+        facts_of = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    elif timm_backbone.architecture(backbone):
+        name, arguments = str(table["architecture"]), {"num_classes": 0}
+        if timm_backbone.takes_image_size(name):
+            arguments["img_size"] = model.image_size
+        facts_of = {key: backbone.pretrained_cfg[key] for key in ("first_conv", "classifier")}
+    else:
+        raise CheckpointError(
+            f"format=timm writes a backbone of timm, and a network of model.family={table['family']} has none; choose "
+            "format=export, onnx or torch_export"
+        )
     mean, std = ([float(v) for v in model.meta[key]] for key in ("mean", "std"))
     size = model.image_size
     facts = {
         "architecture": name,
         "num_classes": 0,
-        "global_pool": arguments["global_pool"],
-        "num_features": backbone.embed_dim,
+        "global_pool": arguments.get("global_pool"),
+        "num_features": backbone.num_features,
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, size, size], "fixed_input_size": True, "num_classes": 0, "mean": mean, "std": std,
-            "interpolation": "bicubic", "crop_pct": 1.0, "first_conv": "patch_embed.proj", "classifier": "head",
+            "interpolation": "bicubic", "crop_pct": 1.0, **facts_of,
         },
     }  # fmt: skip
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in backbone.state_dict().items()}

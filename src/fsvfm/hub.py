@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from fsvfm import zoo
 from fsvfm.checkpoint import Checkpoint, load_checkpoint
 from fsvfm.errors import CheckpointError, ConfigError
-from fsvfm.exports import read_meta, save_export
+from fsvfm.exports import is_vit, read_meta, save_export, size_in_words
 from fsvfm.formats import Portable
 from fsvfm.published import KINDS
 from fsvfm.report_tables import (
@@ -282,10 +282,8 @@ def _licence_entries(licence: Licence) -> dict[str, str]:
 
 def _about(meta: Mapping[str, Any]) -> str:
     model, tune = meta["model"], meta.get("tune") or {}
-    size = (
-        f"{model['name']}: a plain vision transformer, {model['image_size']}×{model['image_size']} pixels, patch "
-        f"{model['patch_size']}, width {model['dim']}, {model['depth']} blocks, {model['heads']} heads"
-    )
+    kind = "a plain vision transformer, " if is_vit(model) else ""
+    size = f"{model['name']}: {kind}{size_in_words(model)}"
     if meta["kind"] == "detector":
         what = f"A detector for {_TASKS[meta['task']]} (tuning: {tune.get('name', 'unknown')})."
         order = ", ".join(meta["class_order"])
@@ -296,7 +294,7 @@ def _about(meta: Mapping[str, Any]) -> str:
 def _usage(meta: Mapping[str, Any], repository: str) -> str:
     size = meta["model"]["image_size"]
     output = "score" if meta["kind"] == "detector" else "features"
-    comment = "P(fake)" if output == "score" else f"features, (N, {meta['model']['dim']})"
+    comment = "P(fake)" if output == "score" else f"features, (N, {meta['model'].get('dim', 'dim')})"
     lines = [
         "```python",
         "from fsvfm.hub import FaceModel",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from fsvfm.checkpoint import Checkpoint, load_backbone, load_checkpoint, normalisation
 from fsvfm.data.transforms import normalise
@@ -17,7 +18,8 @@ from fsvfm.faces.images import resize
 from fsvfm.faces.parse import make_parser
 from fsvfm.masking import Masker, Masks
 from fsvfm.metrics import antispoof, forgery
-from fsvfm.models.vit import ViTConfig, create_backbone, vit_config
+from fsvfm.models.detector import build_backbone
+from fsvfm.models.vit import create_backbone, vit_config
 from fsvfm.regions import region_grid
 
 __all__ = ["Encoder", "create_model", "evaluate_scores", "load_encoder", "mask_faces", "parse_face"]
@@ -56,7 +58,7 @@ class Encoder(NamedTuple):
         checkpoint: what was loaded.
     """
 
-    network: VisionTransformer
+    network: nn.Module
     mean: torch.Tensor
     std: torch.Tensor
     checkpoint: Checkpoint
@@ -73,7 +75,8 @@ class Encoder(NamedTuple):
             faces: (H, W, 3) uint8 RGB of any size.
 
         Returns:
-            (N, dim) float32: mean of the patch tokens, layer-normalised.
+            (N, dim) float32: of a plain ViT the mean of the patch tokens, layer-normalised; of another network of timm
+            its own pooled feature.
         """
         images = np.stack([resize(face, self.image_size) for face in faces]).transpose(0, 3, 1, 2)
         with torch.inference_mode():
@@ -92,10 +95,11 @@ def load_encoder(source: str, *, device: str = "cpu", which: str = "online") -> 
 
     Raises:
         CheckpointError: no checkpoint there, or it lacks the network or its normalisation.
+        ConfigError: a detector without a single backbone (RFFR, SLADD).
     """
     checkpoint = load_checkpoint(source, target=which == "target")
     tune = checkpoint.meta.get("tune") or {}
-    backbone = create_backbone(ViTConfig.from_mapping(checkpoint.meta["model"]), pool=tune.get("pool", "avg"))
+    backbone = build_backbone(checkpoint.meta["model"], pool=tune.get("pool", "avg"))
     load_backbone(backbone, checkpoint, which)
     mean, std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in normalisation(checkpoint))
     return Encoder(backbone.to(device).eval(), mean, std, checkpoint)

@@ -12,33 +12,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsvfm.errors import ConfigError
-from fsvfm.models.vit import patchify
+from fsvfm.models.vit import patchify, take
 
 PIXEL_EPS = 1e-6  # Added to a patch's variance, so that a flat patch stays finite.
 CONTRAST_EPS = 1e-6  # Added inside the logarithm of the contrastive losses; the value without a real face, too.
 BASE_TEMPERATURE = 0.07  # The contrastive losses are multiplied by temperature / base temperature.
 
 
-def patch_targets(images: Tensor, patch_size: int, normalize: bool = True) -> Tensor:
+def patch_targets(images: Tensor, patch_size: int, normalize: bool = True, *, patches: Tensor | None = None) -> Tensor:
     """Pixels to reconstruct, patch by patch.
 
     Args:
         images: (B, 3, S, S) float, as the network gets them.
         patch_size: side of a patch, pixels.
         normalize: centre every patch and divide it by the root of its own unbiased variance + 1e-6; the papers' choice.
+        patches: (B, N) int64 ids of the patches wanted, or None for all L.
 
     Returns:
-        (B, L, p²·3) float32.
+        (B, L or N, p²·3) float32.
 
     Raises:
         ConfigError: the image is not divisible into patches.
     """
-    patches = patchify(images, patch_size).float()
+    pixels = patchify(images, patch_size)
+    if patches is not None:
+        pixels = take(pixels, patches)
+    pixels = pixels.float()
     if not normalize:
-        return patches
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True, unbiased=True)
-    return (patches - mean) / (variance + PIXEL_EPS).sqrt()
+        return pixels
+    mean = pixels.mean(dim=-1, keepdim=True)
+    variance = pixels.var(dim=-1, keepdim=True, unbiased=True)
+    return (pixels - mean) / (variance + PIXEL_EPS).sqrt()
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -46,6 +50,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     mask = mask.bool()
     total = torch.where(mask, values, torch.zeros_like(values)).sum()
     return total / mask.sum().clamp(min=1)
+
+
+def patch_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each patch: (B, N, p²·3) and (B, N, p²·3) to (B, N) float32."""
+    return (prediction.float() - target.float()).square().mean(dim=-1)
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, masked: Tensor) -> Tensor:
@@ -62,8 +71,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, masked: Tensor) -> T
     Returns:
         Scalar, float32, >= 0.
     """
-    error = (prediction.float() - target.float()).square().mean(dim=-1)
-    return masked_mean(error, masked)
+    return masked_mean(patch_errors(prediction, target), masked)
 
 
 def simsiam(prediction: Tensor, target: Tensor) -> Tensor:

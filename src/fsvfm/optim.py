@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ def layer_decay_groups(
     *,
     depth: int | None = None,
     backbone_prefix: str = "backbone.",
+    layers: Mapping[str, int] | None = None,
 ) -> list[Group]:
     """Split trainable parameters by layer, each with lr_scale = layer_decay ** (depth + 1 − id), for fine-tuning.
 
@@ -70,6 +71,8 @@ def layer_decay_groups(
         depth: transformer blocks of the backbone; None counts them by name.
         backbone_prefix: what the backbone's names begin with; "" for a bare backbone. Blocks of anything
             else (an adapter's, say) count as head.
+        layers: layer of every parameter of the backbone by its name in it, from 0, for backbones without such
+            blocks; the head comes one layer after the last.
 
     Returns:
         Groups {name, params, weight_decay, lr_scale}, from the embeddings to the head. A scheduler must multiply
@@ -81,18 +84,23 @@ def layer_decay_groups(
     if layer_decay is None or not 0.0 < layer_decay <= 1.0:
         raise ConfigError(f"layer_decay is {layer_decay}; expected a value in (0, 1].")
     pairs = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
-    if depth is None:
+    if layers is not None:
+        depth = max(layers.values())
+    elif depth is None:
         depth = _count_blocks([name for name, _ in pairs], backbone_prefix)
     groups: dict[str, Group] = {}
-    layers: dict[str, int] = {}
+    order: dict[str, int] = {}
     for name, parameter in _trainable(pairs):
-        layer = _layer_id(name, depth, backbone_prefix)
+        if layers is None:
+            layer = _layer_id(name, depth, backbone_prefix)
+        else:
+            layer = layers.get(name.removeprefix(backbone_prefix), depth + 1)
         in_backbone = name.startswith(backbone_prefix)
         plain = _one_dimensional(name, parameter) or (in_backbone and _NO_DECAY_TOKEN.search(name) is not None)
         key = f"layer_{layer}_{'no_decay' if plain else 'decay'}"
         _add(groups, key, parameter, 0.0 if plain else weight_decay, layer_decay ** (depth + 1 - layer))
-        layers[key] = layer
-    return [groups[key] for key in sorted(groups, key=lambda key: layers[key])]
+        order[key] = layer
+    return [groups[key] for key in sorted(groups, key=lambda key: order[key])]
 
 
 def _count_blocks(names: list[str], backbone_prefix: str) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from fsvfm import cli
@@ -47,10 +46,8 @@ def predict(cfg: DictConfig) -> int:
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
-        predictor = load_detector(
-            settings["ckpt"],
-            **{key: settings[key] for key in ("device", "face_detector", "threshold", "max_side", "batch_size")},
-        )
+        loading = ("device", "face_detector", "threshold", "max_side", "batch_size", "precision")
+        predictor = load_detector(settings["ckpt"], **{key: settings[key] for key in loading})
     for warning in told:
         if warning.category is UserWarning:
             cli.say(f"warning: {warning.message}")
@@ -69,8 +66,7 @@ def predict(cfg: DictConfig) -> int:
     return account.exit_status()
 
 
-@hydra.main(version_base="1.3", config_path="pkg://fsvfm.configs", config_name="predict")
-@cli.guard
+@cli.command("predict")
 def _main(cfg: DictConfig) -> None:
     sys.exit(predict(cfg))
 

@@ -13,17 +13,21 @@ Of a video every face is followed from frame to frame. A track's score is that o
 that of its most suspicious track among those long enough: seen in at least a quarter as many frames as the longest
 one, so that a face that flickers up once does not decide. A picture's verdict is that of its most suspicious face.
 
-A detector for face anti-spoofing gets aligned chips in place of square crops, and "fake" is an attack.
+Faces are cut as in training: as the export says, else in squares of 1.3 times the box. A detector for face
+anti-spoofing, where "fake" is an attack, then gets aligned chips instead.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +50,7 @@ from fsvfm.faces.track import Tracker
 from fsvfm.faces.video import frame_indices, probe, read_frames
 from fsvfm.metrics.calibration import CLIP, apply_temperature
 
-#: Side of a crop relative to the face box, as in training.
+#: Side of a crop relative to the face box in training, where the export does not tell.
 SCALE = 1.3
 
 #: A track decides about a video if it has this share of the longest track's frames.
@@ -55,7 +59,12 @@ LONG_ENOUGH = 0.25
 #: A video of which more than this share cannot be read gets an error instead of a verdict.
 UNREADABLE = 0.1
 
+#: Frames that are decoded, and frames whose faces are found, before those before them are dealt with.
+DECODED, FOUND = 2, 8
+
 VERDICTS = ("real", "fake", "uncertain", "no face")
+
+T = TypeVar("T")
 
 
 def _mean(values: np.ndarray) -> float:
@@ -144,6 +153,14 @@ class Prediction:
     def decisive(self) -> Face | None:
         """The face that the verdict is about."""
         return max(_long_enough(self.faces), key=lambda face: face.probability, default=None)
+
+    @property
+    def peak(self) -> tuple[Frame, Face] | None:
+        """The frame in which the face that decides is most suspicious, and the face as it is there."""
+        if (decisive := self.decisive) is None:
+            return None
+        shown = [(frame, face) for frame in self.frames for face in frame.faces if face.id == decisive.id]
+        return max(shown, key=lambda pair: pair[1].probability, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -276,6 +293,31 @@ def _number(value: str | float) -> float | None:
 # ----------------------------------------------------------------------------------------------------------- predictor
 
 
+def ahead(items: Iterable[T], depth: int) -> Generator[T]:
+    """The same items in the same order, drawn in a thread of their own, up to `depth` before they are asked for.
+
+    What goes wrong there is raised here, in the place of the item. Closing this ends the thread, after the item that
+    it is at; `items` stay as they are.
+    """
+    source, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, "ahead")
+    try:
+        waiting = deque(pool.submit(next, source, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, source, end))
+            yield item  # type: ignore[misc]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Found(NamedTuple):
+    """A frame before its faces are scored: their ids and boxes, and their crops in the members' sizes."""
+
+    frame: Frame
+    boxes: list[tuple[int, Box]]
+    faces: list[dict[int, np.ndarray]]
+
+
 class Predictor:
     """Finds, crops and scores faces with one detector, or with several whose calibrated logits are averaged.
 
@@ -285,17 +327,19 @@ class Predictor:
         threshold: see :func:`choose_threshold`.
         max_side: pictures with a longer side are shrunk to this for the face detector only; None searches them as
             they are (the papers).
-        batch_size: faces per forward pass, and the most that are kept of a video.
+        batch_size: faces per forward pass, and the most that are kept of a video; ``auto``: see
+            :meth:`~fsvfm.evaluation.LoadedDetector.batch_size`.
 
     Attributes:
         members: the detectors.
         names: their names.
         task: ``forgery`` or ``antispoof``.
+        scale: side of a crop relative to the face box.
         threshold: where verdicts come from.
         notes: what a reader of every result must know.
 
     Raises:
-        ConfigError: no detector, detectors of different tasks, an unknown face detector or threshold.
+        ConfigError: no detector, detectors of different tasks or crops, an unknown face detector or threshold.
         FaceModelError: a model for finding faces is missing.
     """
 
@@ -306,7 +350,7 @@ class Predictor:
         face_detector: str = "dlib_hog",
         threshold: str | float = "eer",
         max_side: int | None = 1280,
-        batch_size: int = 32,
+        batch_size: int | str = "auto",
     ) -> None:
         if not members:
             raise ConfigError("no detector to score with; give at least one checkpoint")
@@ -314,15 +358,21 @@ class Predictor:
         if len(set(tasks.values())) > 1:
             listed = ", ".join(f"{name} ({task})" for name, task in tasks.items())
             raise ConfigError(f"detectors of different tasks cannot be averaged: {listed}")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
         self.names, self.members = list(members), list(members.values())
         self.task = next(iter(tasks.values()))
         self.threshold = choose_threshold(self.members, threshold)
-        self.face_detector, self.max_side, self.batch_size = face_detector, max_side, batch_size
-        self.notes = [note for name, member in members.items() for note in _remarks(name, member)]
+        self.face_detector, self.max_side = face_detector, max_side
+        self.batch_size = min(member.batch_size(batch_size) for member in self.members)
+        self.notes = [note for name, member in members.items() for note in _remarks(name, member, face_detector)]
         self._detect = make_detector(face_detector)
-        self._landmarks = Landmarks68() if self.task == "antispoof" else None
+        cuts = {name: _cut(member) for name, member in members.items()}
+        if len(set(cuts.values())) > 1:
+            listed = ", ".join(
+                f"{name} ({'aligned' if a else f'{s:g} times the box'})" for name, (s, a) in cuts.items()
+            )
+            raise ConfigError(f"detectors trained on differently cut faces cannot be averaged: {listed}")
+        self.scale, aligned = next(iter(cuts.values()))
+        self._landmarks = Landmarks68() if aligned else None
         self._transforms = {size: test_transform(size) for size in {member.image_size for member in self.members}}
 
     # ------------------------------------------------------------------------------------------------------- faces
@@ -351,7 +401,7 @@ class Predictor:
         box = Box(*box)
         if self._landmarks is not None:
             return align(image, five_points(self._landmarks(image, box))).image
-        return cut(image, *square_crop(box, image.shape[1], image.shape[0], SCALE))
+        return cut(image, *square_crop(box, image.shape[1], image.shape[0], self.scale))
 
     def _faces(self, image: np.ndarray) -> list[tuple[Detection, np.ndarray]]:
         faces = []
@@ -461,7 +511,7 @@ class Predictor:
         if kind == "video":
             return self._video(str(x), frames, aggregate, crop, advance)
         # One by one: what is waiting in a batch would be lost when the recording is interrupted.
-        found = self._scored(_camera(str(x), frames), crop, _of(advance, frames), batch=1)
+        found = self._scored(self._found(_camera(str(x), frames), crop), _of(advance, frames), batch=1)
         return self._followed(str(x), kind, list(_until_interrupted(found)), aggregate, [])
 
     def failed(self, source: str, kind: str, error: str) -> Prediction:
@@ -470,7 +520,7 @@ class Predictor:
 
     def _photo(self, image: np.ndarray, source: str, crop: bool) -> Prediction:
         check_rgb(image)
-        (frame,) = self._scored([(0, None, image)], crop)
+        (frame,) = self._scored(self._found([(0, None, image)], crop))
         faces = frame.faces
         for number, face in enumerate(faces):
             face.id = number  # the tracker's own ids mean nothing in a single picture
@@ -490,7 +540,9 @@ class Predictor:
             except DataError as error:
                 problems.append(str(error))
 
-        done = list(self._scored(wanted(), crop, _of(advance, len(indices))))
+        # Decoding, finding faces and the network overlap, each in a thread of its own.
+        with closing(ahead(wanted(), DECODED)) as images, closing(ahead(self._found(images, crop), FOUND)) as found:
+            done = list(self._scored(found, _of(advance, len(indices))))
         absent = max(info.claimed - info.frames, 0) / max(info.claimed, 1)
         missed = len(indices) - len(done)
         if not done or absent > UNREADABLE or missed > UNREADABLE * len(indices):
@@ -504,37 +556,34 @@ class Predictor:
             notes.append(f"the file holds {info.frames} of the {info.claimed} frames that it claims")
         return self._followed(source, "video", done, aggregate, notes)
 
+    def _found(self, images: Iterable[tuple[int, float | None, np.ndarray]], crop: bool) -> Iterator[_Found]:
+        """Faces of frames, followed from one to the next."""
+        tracker = Tracker()
+        for index, time, image in images:
+            faces = self._faces(image) if crop else [_whole(image)]
+            ids = tracker([detection for detection, _ in faces])
+            boxes = [(identity, detection.box) for identity, (detection, _) in zip(ids, faces, strict=True)]
+            yield _Found(Frame(index, time, []), boxes, [self._prepared(face) for _, face in faces])
+
     def _scored(
-        self,
-        images: Iterable[tuple[int, float | None, np.ndarray]],
-        crop: bool,
-        advance: Callable[[int], None] | None = None,
-        batch: int | None = None,
+        self, found: Iterable[_Found], advance: Callable[[int], None] | None = None, batch: int | None = None
     ) -> Iterator[Frame]:
         """Score frames as they come: never more than a batch of small faces is kept."""
-        tracker = Tracker()
-        waiting: list[tuple[Frame, list[tuple[int, Box]]]] = []
-        faces: list[dict[int, np.ndarray]] = []
-        number = 0
-        for number, (index, time, image) in enumerate(images, start=1):
-            found = self._faces(image) if crop else [_whole(image)]
-            ids = tracker([detection for detection, _ in found])
-            waiting.append((Frame(index, time, []), [(i, d.box) for i, (d, _) in zip(ids, found, strict=True)]))
-            faces += [self._prepared(face) for _, face in found]
-            if max(len(faces), len(waiting)) >= (batch or self.batch_size):
-                yield from self._finish(waiting, faces)
-                waiting, faces = [], []
+        waiting: list[_Found] = []
+        for number, each in enumerate(found, start=1):
+            waiting.append(each)
+            if max(sum(len(one.faces) for one in waiting), len(waiting)) >= (batch or self.batch_size):
+                yield from self._finish(waiting)
+                waiting = []
             if advance is not None:
                 advance(number)
-        yield from self._finish(waiting, faces)
+        yield from self._finish(waiting)
 
-    def _finish(
-        self, waiting: Sequence[tuple[Frame, list[tuple[int, Box]]]], faces: Sequence[Mapping[int, np.ndarray]]
-    ) -> Iterator[Frame]:
-        score, probability, members = self._combined(self._member_scores(faces))
+    def _finish(self, waiting: Sequence[_Found]) -> Iterator[Frame]:
+        score, probability, members = self._combined(self._member_scores([f for each in waiting for f in each.faces]))
         place = 0
-        for frame, found in waiting:
-            for identity, box in found:
+        for frame, boxes, _ in waiting:
+            for identity, box in boxes:
                 frame.faces.append(
                     self._face(identity, box, float(score[place]), float(probability[place]), members[place])
                 )
@@ -632,7 +681,8 @@ def load_detector(
     face_detector: str = "dlib_hog",
     threshold: str | float = "eer",
     max_side: int | None = 1280,
-    batch_size: int = 32,
+    batch_size: int | str = "auto",
+    precision: str = "32-true",
 ) -> Predictor:
     """Load a detector, or an ensemble, for photographs and videos.
 
@@ -643,11 +693,12 @@ def load_detector(
         face_detector: name of the face detector.
         threshold: ``eer``, ``fpr_1``, ``fpr_5`` or a number; see :func:`choose_threshold`.
         max_side: see :class:`Predictor`.
-        batch_size: faces per forward pass.
+        batch_size: see :class:`Predictor`.
+        precision: of the networks, one of :data:`~fsvfm.evaluation.PRECISIONS`.
 
     Raises:
         CheckpointError: no detector there, or it lacks its normalisation.
-        ConfigError: as :class:`Predictor`; a device that does not exist.
+        ConfigError: as :class:`Predictor`; a device or precision that does not exist.
         FaceModelError: as :class:`Predictor`.
     """
     if device not in ("auto", "cpu") and not device.startswith("cuda"):
@@ -656,7 +707,10 @@ def load_detector(
         raise ConfigError(f"device={device}: no CUDA device here; device=cpu works everywhere")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    members = {name: load_detector_network(path, device=device) for name, path in member_sources(source).items()}
+    members = {
+        name: load_detector_network(path, device=device, precision=precision)
+        for name, path in member_sources(source).items()
+    }
     predictor = Predictor(
         members, face_detector=face_detector, threshold=threshold, max_side=max_side, batch_size=batch_size
     )
@@ -681,14 +735,33 @@ def member_sources(source: str | Path | Sequence[str | Path] | Mapping[str, str 
     return named
 
 
-def _remarks(name: str, member: LoadedDetector) -> list[str]:
+def _cut(member: LoadedDetector) -> tuple[float, bool]:
+    """How a detector's training faces were cut: the crop's side relative to the box, and whether they were aligned."""
+    known = (member.checkpoint.meta.get("provenance") or {}).get("faces") or {}
+    aligned = bool(known.get("align", member.checkpoint.meta["task"] == "antispoof"))
+    return (SCALE if aligned else float(known.get("scale", SCALE))), aligned
+
+
+def _remarks(name: str, member: LoadedDetector, face_detector: str) -> list[str]:
     """What every reader of a detector's results must know."""
-    if not _is_demo(member):
-        return []
-    return [
-        f"{name} is a demo detector: minutes of training on a few hundred faces with coarse forgeries made by this "
-        "software. Its numbers show that everything works and say nothing about this picture"
-    ]
+    remarks = []
+    if _is_demo(member):
+        remarks.append(
+            f"{name} is a demo detector: minutes of training on a few hundred faces with coarse forgeries made by this "
+            "software. Its numbers show that everything works and say nothing about this picture"
+        )
+    known = (member.checkpoint.meta.get("provenance") or {}).get("faces") or {}
+    if known.get("detector", face_detector) != face_detector:
+        remarks.append(
+            f"{name} was trained on faces found by {known['detector']}, and here they are found by {face_detector}, "
+            f"whose boxes are others; face_detector={known['detector']} finds the same"
+        )
+    if member.precision != "32-true":
+        remarks.append(
+            f"{name} is computed in {member.precision}, its thresholds were found in float32; what that does to scores "
+            f"and AUC is measured by fsvfm.evaluate with evaluate.precision={member.precision}"
+        )
+    return remarks
 
 
 def _is_demo(member: LoadedDetector) -> bool:

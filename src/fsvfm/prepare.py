@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
@@ -95,8 +94,7 @@ def _check_recipe_names(arguments: Sequence[str]) -> None:
             raise ConfigError(f"no recipe {name!r}{hint} There are: {', '.join(known)}")
 
 
-@hydra.main(version_base="1.3", config_path="pkg://fsvfm.configs", config_name="prepare")
-@cli.guard
+@cli.command("prepare")
 def _main(cfg: DictConfig) -> None:
     asked = [key for key in ACTIONS if cfg.get(key) is not None]
     if len(asked) != 1:

@@ -1,7 +1,7 @@
 """One self-contained page about runs and their evaluation, or the table of a sweep: ``python -m fsvfm.report``.
 
 python -m fsvfm.report [pretrain=<run folder>] [runs={name: <run folder>}] [evaluation=<folder>] [out=report.html]
-python -m fsvfm.report sweep=<folder of run folders, or globs> [by=[model.name]] [out=<folder>]
+python -m fsvfm.report sweep=<folder of run folders, or globs> [by=[model.name]] [reference={key: value}] [out=<folder>]
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import base64
 import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
 import jinja2
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 
-from fsvfm.cli import guard
+from fsvfm import cli
 from fsvfm.errors import DataError
 from fsvfm.report_figures import (
     histogram_figure,
@@ -36,6 +36,7 @@ from fsvfm.report_tables import (
     PUBLISHED,
     Family,
     calibration_tables,
+    comparison_table,
     corruption_legend,
     families,
     headline_tables,
@@ -139,6 +140,8 @@ def _run(name: str, folder: Path | None, command: str) -> dict[str, Any]:
 def _facts(folder: Path) -> dict[str, str]:
     """What a run left about how it was made: its environment (the packages that matter) and each step's end."""
     environment = _load(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    for long in ("overrides", "data", "earlier"):  # the command says it, or only the file does
+        environment.pop(long, None)
     if isinstance(packages := environment.get("packages"), Mapping):
         environment["packages"] = {name: packages[name] for name in PACKAGES if name in packages}
     steps = {path.name.removesuffix(".done.json"): _load(path) for path in sorted(folder.glob("*.done.json"))}
@@ -160,10 +163,10 @@ def _evaluation(folder: Path | None, command: str) -> dict[str, Any]:
     rows = robustness_rows(results)
     part |= {
         "missing": not results,
-        "made": _flatten({key: value for key, value in made.items() if key not in ("published", "notes")}),
+        "made": _flatten({key: value for key, value in made.items() if key not in ("published", "notes", "costs")}),
         "notes": notes(made),
         "interval": interval_text(results),
-        "families": [_family(family, published) for family in split],
+        "families": [_family(family, published, made.get("costs") or {}) for family in split],
         "published": PUBLISHED,
         "calibration": calibration_tables(results),
         "reliability": reliability_figure(results),
@@ -195,7 +198,9 @@ def _evaluation(folder: Path | None, command: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _family(family: Family, published: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _family(
+    family: Family, published: list[Mapping[str, Any]], costs: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
     """The tables of runs that share their metrics, for the template."""
     sets = testsets(family.results)
     counts = {}
@@ -215,6 +220,7 @@ def _family(family: Family, published: list[Mapping[str, Any]]) -> dict[str, Any
         "runs": list(family.results), "sets": sets, "counts": counts, "headline": family.headlines[0],
         "cells": {(r["level"], r["testset"], r["metric"], r["run"]): r for r in result_rows(family.results)},
         "beside": [t for t in headline_tables(family, published) if any(row.kind for row in t.rows)],
+        "comparison": comparison_table(family, costs),
         "methods": of_methods, "methods_figure": methods_figure(rows, level, metric),
     }  # fmt: skip
 
@@ -267,17 +273,18 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-@hydra.main(version_base="1.3", config_path="pkg://fsvfm.configs", config_name="report")
-@guard
+@cli.command("report")
 def main(config: DictConfig) -> None:
     """Command line: all settings are in ``configs/report.yaml``."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     del settings["paths"]  # only there for the others to refer to
-    sweep, by, out = (settings.pop(key) for key in ("sweep", "by", "out"))
+    sweep, by, reference, replicates, out = (
+        settings.pop(key) for key in ("sweep_folder", "by", "reference", "replicates", "out")
+    )
     if sweep is not None:
         from fsvfm.sweeps import collect, describe, write_sweep
 
-        found = collect(sweep, by=by)
+        found = collect(sweep, by=by, reference=reference, replicates=replicates)
         files = write_sweep(out or found.folder, found)
         print(describe(found))
         print("wrote " + ", ".join(map(str, files)))
@@ -286,5 +293,11 @@ def main(config: DictConfig) -> None:
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """:func:`main`; here ``sweep=`` is a folder, where Hydra would look for an option of `fsvfm.train`'s group."""
+    sys.argv[1:] = [re.sub("^sweep=", "sweep_folder=", word) for word in sys.argv[1:]]
     main()
+
+
+if __name__ == "__main__":
+    start()

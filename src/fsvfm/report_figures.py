@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fsvfm.errors import MetricError
 from fsvfm.metrics.forgery import metric, roc_points, video_scores
@@ -36,6 +37,14 @@ _STYLE = {
 }
 
 
+def png(figure: Figure) -> Image.Image:
+    """A figure as an RGB picture on white, for loggers."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=100, facecolor="white", bbox_inches="tight")
+    return Image.open(buffer).convert("RGB")
+
+
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
@@ -55,15 +64,12 @@ def _panels(count: int, height: float = 3.5) -> tuple[Figure, list]:
     return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
-def roc_figure(table: pd.DataFrame, attack: str = "fake") -> str:
+def draw_roc(table: pd.DataFrame, attack: str = "fake") -> Figure:
     """ROC curves, one panel per test set, one line per run, on video scores where videos have several frames.
 
     Args:
         table: predictions with ``run``, ``testset``, ``label``, ``score`` and optionally ``video``.
         attack: what label 1 is called.
-
-    Returns:
-        Inline SVG.
     """
     with matplotlib.rc_context(_STYLE):
         sets, runs = list(table["testset"].unique()), list(table["run"].unique())
@@ -91,7 +97,13 @@ def roc_figure(table: pd.DataFrame, attack: str = "fake") -> str:
             axis.legend(loc="lower right")
         for axis in axes[len(sets) :]:
             axis.set_visible(False)
-        return _svg(figure)
+        return figure
+
+
+def roc_figure(table: pd.DataFrame, attack: str = "fake") -> str:
+    """:func:`draw_roc` as inline SVG."""
+    with matplotlib.rc_context(_STYLE):
+        return _svg(draw_roc(table, attack))
 
 
 def histogram_figure(table: pd.DataFrame, attack: str = "fake") -> str:
@@ -156,14 +168,14 @@ def robustness_figure(rows: Sequence[Mapping[str, Any]], testset: str) -> str:
         return _svg(figure)
 
 
-def reliability_figure(results: Mapping[str, Mapping[str, Any]]) -> str:
+def draw_reliability(results: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     """Reliability before and after calibration, one panel per run and test set, with the samples of each bin below.
 
     Args:
         results: run → test set → summary; those with ``calibration`` are drawn.
 
     Returns:
-        Inline SVG, or an empty string if nothing was calibrated.
+        The figure, or None if nothing was calibrated.
     """
     found = [
         (run, name, summary["calibration"])
@@ -172,7 +184,7 @@ def reliability_figure(results: Mapping[str, Mapping[str, Any]]) -> str:
         if summary and (summary.get("calibration") or {}).get("reliability")
     ]
     if not found:
-        return ""
+        return None
     with matplotlib.rc_context(_STYLE):
         columns = 2 if len(found) in (2, 4) else min(len(found), 3)
         lines = -(-len(found) // columns)
@@ -201,7 +213,14 @@ def reliability_figure(results: Mapping[str, Mapping[str, Any]]) -> str:
             top.legend(loc="upper left")
             below.set(xlabel="score", ylabel="samples")
             below.set_ylim(bottom=0)
-        return _svg(figure)
+        return figure
+
+
+def reliability_figure(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """:func:`draw_reliability` as inline SVG, or an empty string if nothing was calibrated."""
+    figure = draw_reliability(results)
+    with matplotlib.rc_context(_STYLE):
+        return _svg(figure) if figure else ""
 
 
 def methods_figure(rows: Sequence[Mapping[str, Any]], level: str, shown: str) -> str:
@@ -277,4 +296,56 @@ def training_figure(history: pd.DataFrame) -> str:
                 axis.plot(line.index, line.to_numpy(), linewidth=1.8, label=column.removesuffix("_epoch"), **style)
             axis.set(title=title, xlabel=axis_name)
             axis.legend()
+        return _svg(figure)
+
+
+def sweep_figure(points: pd.DataFrame) -> str:
+    """A metric against a sweep's setting: lines over numbers, dots by category; one panel per test set.
+
+    Args:
+        points: ``metric`` (words), ``column`` (test set or mean), ``label`` and ``x`` (number, or nothing) of the row,
+            ``value``, ``low`` and ``high`` of the interval, ``std`` over seeds, ``reference`` (bool), ``key`` (words).
+
+    Returns:
+        Inline SVG. Bars are 95 % intervals where there are any, else deviations over seeds.
+    """
+    table = points.astype(dict.fromkeys(("value", "low", "high", "std"), float))
+    columns = list(table["column"].unique())
+    x = pd.to_numeric(table["x"], errors="coerce")
+    numeric = bool(x.notna().any()) and x.nunique() > 1
+    with matplotlib.rc_context(_STYLE):
+        most = int(table.groupby("column")["label"].nunique().max())
+        figure, axes = _panels(len(columns), 3.2 if numeric else 1.1 + 0.3 * most)
+        for axis, name in zip(axes, columns, strict=False):
+            part = table[table["column"] == name]
+            value = 100 * part["value"].to_numpy()
+            low = (100 * part["low"]).fillna(pd.Series(value, part.index) - 100 * part["std"].fillna(0)).to_numpy()
+            high = (100 * part["high"]).fillna(pd.Series(value, part.index) + 100 * part["std"].fillna(0)).to_numpy()
+            bars = np.clip([value - low, high - value], 0, None)
+            reference = part["reference"].to_numpy(dtype=bool)
+            style = {"fmt": "o", "markersize": 5, "linewidth": 1.6, "color": COLOURS[0]}
+            if numeric:
+                # Values that are no numbers (null: all there is) stand at the right, after the largest.
+                place = pd.to_numeric(part["x"], errors="coerce").to_numpy(dtype=float)
+                known = np.sort(place[np.isfinite(place)])
+                wide = known[0] > 0 and known[-1] / known[0] >= 20
+                beyond = known[-1] * (known[-1] / known[0]) ** 0.2 if wide else known[-1] + 0.2 * (known[-1] - known[0])
+                place = np.where(np.isfinite(place), place, beyond)
+                axis.plot(place, value, color=COLOURS[0], linewidth=1.2, alpha=0.6)
+                axis.errorbar(place, value, yerr=bars, **style)
+                axis.plot(place[reference], value[reference], "o", markersize=9, fillstyle="none", color=COLOURS[1])
+                if wide:
+                    axis.set_xscale("log")
+                axis.set_xticks(place, list(part["label"]))
+                axis.minorticks_off()
+                axis.set(title=name, xlabel=part["key"].iloc[0], ylabel=f"{part['metric'].iloc[0]}, %")
+            else:
+                place = np.arange(len(part), dtype=float)
+                axis.errorbar(value, place, xerr=bars, **style)
+                axis.plot(value[reference], place[reference], "o", markersize=9, fillstyle="none", color=COLOURS[1])
+                axis.set(yticks=place, yticklabels=list(part["label"]), title=name, ylim=(-0.6, len(part) - 0.4))
+                axis.set_xlabel(f"{part['metric'].iloc[0]}, %")
+                axis.invert_yaxis()
+        for axis in axes[len(columns) :]:
+            axis.set_visible(False)
         return _svg(figure)

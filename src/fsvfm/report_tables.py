@@ -39,6 +39,10 @@ NAMES = {
 }
 #: Values that are no shares: printed as they are, and no mean is taken of them.
 PLAIN = ("threshold",)
+#: What a detector costs, as evaluation stores it: key, heading, unit.
+COSTS = (("parameters", "parameters, M", 1e6), ("trained", "trained, M", 1e6), ("gflops", "GFLOPs", 1.0))
+#: Errors; of everything else more is better.
+LOWER_IS_BETTER = ("hter", "eer", "far", "frr")
 
 
 # ---------------------------------------------------------------- numbers
@@ -291,6 +295,28 @@ def threshold_name(name: str) -> str:
     return f"{found[1].upper()} {found[2]} %" if found else name.upper() if len(name) <= 4 else name.replace("_", " ")
 
 
+def comparison_table(family: Family, costs: Mapping[str, Mapping[str, float]]) -> Table | None:
+    """Size, cost and headline metric of every run side by side, or None where no size is known."""
+    if not any(run in costs for run in family.results):
+        return None
+    level, metric = family.headline_levels[-1], "auc" if "auc" in family.metrics else family.headlines[0]
+    sets = testsets(family.results)
+    columns = [*sets, *(["mean"] if len(sets) > 1 else [])]
+    shown = (r for r in result_rows(family.results) if (r["level"], r["metric"]) == (level, metric))
+    cells = {(row["run"], row["testset"]): row for row in shown}
+    rows = []
+    for run in family.results:
+        found = costs.get(run) or {}
+        size = ["—" if key not in found else f"{found[key] / unit:.4g}" for key, _, unit in COSTS]
+        rows.append(Row([run, *size, *(percent(cells[run, name]) for name in columns)]))
+    head = ["run", *(title for _, title, _ in COSTS), *(f"{metric_name(metric)}, {name}" for name in columns)]
+    about = (
+        f"{metric_name(metric)} at {level} level, per cent. Parameters in millions: all, and those that were trained. "
+        "GFLOPs: 10⁹ operations of one forward pass for one image, a multiplication with an addition counting as two."
+    )
+    return Table("Comparison", head, rows, 1, about)
+
+
 def level_tables(family: Family) -> list[Table]:
     """All metrics of every run on every test set, one table per level."""
     frame = pd.DataFrame(result_rows(family.results))
@@ -466,12 +492,13 @@ def corruption_legend(results: Results) -> dict[str, str]:
 def write_tables(folder: str | Path, results: Results, *, made: Mapping[str, Any] | None = None) -> list[Path]:
     """Write ``results.json``, ``.csv``, ``.md`` and ``.tex`` into a folder, each atomically.
 
-    Where there is something to put into them, ``robustness.csv`` and ``calibration.csv`` are written too.
+    Where there is something to put into them, ``robustness.csv``, ``calibration.csv``, ``costs.csv`` are written too.
 
     Args:
         folder: made if absent.
         results: see :data:`Results`.
-        made: what made them (versions, time, seeds), stored in the JSON; ``notes`` (what a reader must know) and
+        made: what made them (versions, time, seeds), stored in the JSON; ``notes`` (what a reader must know), ``costs``
+            (run → :data:`COSTS`) and
             ``published`` (rows of papers: method, experiment, level, metric, values and mean in per cent, source) are
             shown in the tables.
 
@@ -497,7 +524,11 @@ def write_tables(folder: str | Path, results: Results, *, made: Mapping[str, Any
         "results.md": _results_markdown(results, made),
         "results.tex": _results_latex(results, made),
     }
-    for name, more in (("robustness.csv", robustness_rows(results)), ("calibration.csv", calibration_rows(results))):
+    costs = [{"run": run, **found} for run, found in (made.get("costs") or {}).items()]
+    for name, more in (
+        ("robustness.csv", robustness_rows(results)), ("calibration.csv", calibration_rows(results)),
+        ("costs.csv", costs),
+    ):  # fmt: skip
         files[name] = pd.DataFrame(more).to_csv(index=False) if more else None
     for name, content in files.items():
         if content is None:
@@ -556,6 +587,8 @@ def latex(table: Table) -> list[str]:
             .replace("−", "$-$")
             .replace("±", "$\\pm$")
             .replace("†", "$\\dagger$")
+            .replace("Δ", "$\\Delta$")
+            .replace("<", "$<$")
         )
 
     def line(cells: Iterable[str], mark: str = "") -> str:
@@ -582,6 +615,7 @@ def _results_markdown(results: Results, made: Mapping[str, Any]) -> str:
             lines += [f"# {family.title}", ""]
         beside = [t for t in headline_tables(family, made.get("published") or []) if any(r.kind for r in t.rows)]
         tables: list[Table | None] = [
+            comparison_table(family, made.get("costs") or {}),
             *level_tables(family),
             *(t._replace(title=f"Beside published numbers: {t.title}", about=PUBLISHED) for t in beside),
             method_table(family),
@@ -602,6 +636,9 @@ def _results_latex(results: Results, made: Mapping[str, Any]) -> str:
         tables = headline_tables(family, made.get("published") or [])
         if any(row.kind == "published" for table in tables for row in table.rows):
             lines.append(f"% {PUBLISHED}")
+        if compared := comparison_table(family, made.get("costs") or {}):
+            lines.append(f"% {compared.about}")
+            tables = [compared, *tables]
         for table in tables:
             lines += [f"% {table.title}", *latex(table)]
     return "\n".join(lines) + "\n"

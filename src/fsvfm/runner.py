@@ -1,49 +1,160 @@
-"""The agenda of a run: fit, export, test; finished steps are not done again, interrupted ones continue."""
+"""The agenda of a run: fit, fine-tune, test; finished steps are not done again, interrupted ones continue.
+
+``run: [fit, finetune, evaluate]`` is a point of a pre-training sweep: the encoder is trained in ``<run>``, a detector
+made of it, by another experiment, in ``<run>/finetune``, and its scores on the protocol go to ``<run>/evaluation``.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import csv
 import json
-import platform
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import distributions
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from fsvfm import build
-from fsvfm.cli import rank, say
-from fsvfm.errors import ConfigError, MetricError
+from fsvfm import build, provenance
+from fsvfm.cli import launched, rank, say, sweeping
+from fsvfm.errors import ConfigError, MetricError, Preempted
+from fsvfm.provenance import digests, now, write_json
 
 # Heavy packages are imported where they are used: saying that a run is finished, or what it lacks, takes a second.
 
 
-def train(cfg: DictConfig) -> None:
+#: Written into a run's folder when it fails, removed when it succeeds: the step and the reason, for reports.
+FAILED = "failed.json"
+
+
+def train(cfg: DictConfig) -> float | None:
     """Work through ``run``.
+
+    Returns:
+        ``objective`` of the last training, which a search wants to know; None where nothing of that name was measured.
 
     Raises:
         ConfigError: a configuration that cannot run; all problems are told together.
     """
-    if not all(_marker(cfg, step).is_file() for step in cfg.run) or cfg.resume != "auto":
-        build.check(cfg)
-    folder = build.run_folder(cfg)
-    if rank() == 0:
-        build.settle_folder(cfg)
-    for step in cfg.run:
-        marker = _marker(cfg, step)
-        if marker.is_file() and cfg.resume == "auto":
-            say(f"{step}: finished already in {folder} (resume=never starts over)")
-            continue
+    folder, step = build.run_folder(cfg), "start"
+    try:
+        detector = detector_config(cfg, folder) if "finetune" in cfg.run else None
+        if not all(_marker(cfg, name).is_file() for name in cfg.run) or cfg.resume != "auto":
+            build.check(cfg, detector)
         if rank() == 0:
-            record(folder)
-        started = time.monotonic()
-        {"fit": fit, "test": test}[step](cfg, folder)
+            build.settle_folder(cfg)
+        for step in cfg.run:
+            marker = _marker(cfg, step)
+            if marker.is_file() and cfg.resume == "auto":
+                say(f"{step}: finished already in {folder} (resume=never starts over)")
+                if step == "finetune" and detector is not None:
+                    train(detector)  # its folder knows with which settings
+                continue
+            if rank() == 0:
+                provenance.record(cfg, folder)
+            started = time.monotonic()
+            if step == "finetune" and detector is not None:
+                train(detector)
+            else:
+                {"fit": fit, "test": test, "evaluate": evaluate_last}[step](cfg, folder)
+            if rank() == 0:
+                write_json(marker, {"finished": now(), "seconds": round(time.monotonic() - started, 1)})
+    except Preempted:
+        raise
+    except Exception as error:
         if rank() == 0:
-            _write_json(marker, {"finished": _now(), "seconds": round(time.monotonic() - started, 1)})
+            _note_failure(cfg, folder, step, error)
+        raise
+    (folder / FAILED).unlink(missing_ok=True)
+    return objective(cfg)
+
+
+def apart(cfg: DictConfig) -> bool:
+    """Whether a point of a sweep has to run in a process of its own: where it starts others by itself.
+
+    They are started by the command line of this process, which has to be the point's and not the sweep's. Where a
+    launcher started all processes (SLURM, torchrun), nothing is left to start.
+    """
+    return sweeping() and cfg.trainer.devices != 1 and not launched()
+
+
+def train_apart(cfg: DictConfig) -> float | None:
+    """As :func:`train`, in a new process, by the command that repeats this point alone.
+
+    Raises:
+        ConfigError: the process failed; it has said why.
+    """
+    hydra = HydraConfig.get()
+    mine = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    words = ["fsvfm.train", *(f"--config-dir={path}" for path in mine), *hydra.overrides.task]
+    words += ["hydra.mode=RUN", f"hydra.run.dir='{hydra.runtime.output_dir}'"]
+    if subprocess.run([sys.executable, "-m", *words], check=False).returncode:
+        raise ConfigError(f"{cfg.name} failed; its reason is above and in {Path(cfg.paths.run) / FAILED}")
+    return objective(cfg)
+
+
+def _note_failure(cfg: DictConfig, folder: Path, step: str, error: Exception) -> None:
+    """Leave the reason in the run's folder, for reports; a run that did not start leaves its settings with it."""
+    reason: dict[str, Any] = {"step": step, "error": f"{type(error).__name__}: {error}", "time": now()}
+    reason["traceback"] = traceback.format_exc()
+    if not (folder / "config.yaml").is_file():
+        with contextlib.suppress(OmegaConfBaseException):  # values that refer to missing ones
+            reason["config"] = OmegaConf.to_container(cfg, resolve=True)
+    write_json(folder / FAILED, reason)
+
+
+def detector_config(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The run that ``finetune`` describes: its experiment, on this run's network and export, in ``<run>/finetune``.
+
+    It has this run's processes, so accelerator, devices and nodes are not the experiment's.
+    Its protocol becomes this run's too, unless this run has test sets of its own: both are tested on the same.
+
+    Raises:
+        ConfigError: ``finetune.experiment`` is not set.
+    """
+    if cfg.finetune.experiment is None:
+        raise ConfigError(
+            "run contains `finetune`, but nothing says how; choose finetune.experiment=<a detector's experiment>, such "
+            "as dfd_vitb, and finetune.overrides=[…] for what should differ from it"
+        )
+    overrides = [f"experiment={cfg.finetune.experiment}", *cfg.finetune.overrides]
+    if GlobalHydra.instance().is_initialized():  # with the search path of this command
+        detector = compose("train", overrides)
+    else:
+        with initialize_config_module("fsvfm.configs", version_base="1.3"):
+            detector = compose("train", overrides)
+    with open_dict(detector), open_dict(cfg):
+        detector.name, detector.seed, detector.run = cfg.name, cfg.seed, ["fit"]
+        detector.resume = "never" if cfg.resume == "never" else "auto"
+        detector.paths = {**OmegaConf.to_container(cfg.paths, resolve=True), "run": str(folder / "finetune")}  # type: ignore[dict-item]
+        detector.model = {**OmegaConf.to_container(cfg.model, resolve=True), "init": str(folder / "export")}  # type: ignore[dict-item]
+        detector.logger = cfg.logger
+        for key in ("accelerator", "devices", "num_nodes"):
+            detector.trainer[key] = cfg.trainer[key]
+        if cfg.get("testsets"):
+            detector.protocol, detector.testsets = cfg.protocol, cfg.testsets
+        else:
+            cfg.protocol, cfg.testsets = detector.protocol, detector.get("testsets", {})
+    return detector
+
+
+def objective(cfg: DictConfig) -> float | None:
+    """The best value of ``objective.metric`` in ``metrics.csv``, of the detector if there is one; None without any."""
+    last = "finetune" if "finetune" in cfg.run else "."
+    file = Path(cfg.paths.run) / last / "metrics.csv"
+    if rank() or not file.is_file():
+        return None
+    with file.open(newline="") as lines:
+        values = [float(row[cfg.objective.metric]) for row in csv.DictReader(lines) if row.get(cfg.objective.metric)]
+    return {"min": min, "max": max}[cfg.objective.mode](values) if values else None
 
 
 def _marker(cfg: DictConfig, step: str) -> Path:
@@ -54,41 +165,43 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     """Train, then export the checkpoint that counts: the lowest validation loss, or the last one in pre-training."""
     import torch
 
-    from fsvfm.callbacks.csv_log import MetricsFile
+    from fsvfm import loggers
 
     data = build.build_data(cfg)
     task = build.build_task(cfg, data)
     trainer = build.build_trainer(cfg)
     resume = resume_path(cfg, folder)
-    step = -1
+    step = 0
     if resume is not None:
         saved = torch.load(resume, map_location="cpu", weights_only=True, mmap=True)
         require_same_model(resume, saved["hyper_parameters"]["model"], task.hparams["model"])
         step = int(saved["global_step"])
         say(f"continuing {resume} at step {step}")
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsFile):
-            logger.keep_until(step)
-    trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if trainer.is_global_zero:
-        export(folder / "checkpoints" / f"{task.exported}.ckpt", folder / "export", dataset=str(cfg.data.name))
-    trainer.strategy.barrier("exported")
-    calibrate(cfg, data, folder / "export")
+    loggers.start(trainer.loggers, cfg, folder, step)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if trainer.is_global_zero:
+            facts = {"dataset": str(cfg.data.name), "faces": provenance.faces(cfg.data.manifests)}
+            export(folder / "checkpoints" / f"{task.exported}.ckpt", folder / "export", facts)
+        trainer.strategy.barrier("exported")
+        calibrate(cfg, data, folder, trainer.loggers)
+    finally:
+        loggers.finish(trainer.loggers)
 
 
-def calibrate(cfg: DictConfig, data: Any, exported: Path) -> None:
-    """Store temperature and thresholds, fitted on the validation faces, in a detector's export."""
+def calibrate(cfg: DictConfig, data: Any, folder: Path, loggers: Sequence[Any]) -> None:
+    """Store temperature and thresholds, fitted on the validation faces, in a detector's export; show what they do."""
     validation = getattr(data, "val", None)
     if validation is None or not cfg.calibration.fit:
         return
-    from fsvfm import processes
+    from fsvfm import logged, processes
     from fsvfm.evaluation import calibrate_export
 
     try:
-        calibrate_export(
-            exported,
+        scored = calibrate_export(
+            folder / "export",
             validation,
             source=f"validation faces of {cfg.data.name}",
             conformal_alpha=cfg.calibration.conformal_alpha,
@@ -97,7 +210,11 @@ def calibrate(cfg: DictConfig, data: Any, exported: Path) -> None:
             group=processes.join(cfg.trainer),
         )
     except MetricError as error:
-        say(f"the export has no calibration: {error}")
+        return say(f"the export has no calibration: {error}")
+    if scored is not None:
+        table, summary = scored
+        table = table.assign(run=cfg.name, testset="validation")
+        logged.show(cfg, table, {str(cfg.name): {"validation": summary}}, folder / "validation", loggers)
 
 
 def test(cfg: DictConfig, folder: Path) -> None:
@@ -108,6 +225,18 @@ def test(cfg: DictConfig, folder: Path) -> None:
 
 
 test.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
+
+
+def evaluate_last(cfg: DictConfig, folder: Path) -> None:
+    """Score the detector that ``finetune`` made, or without that step this run's own, on the protocol's test sets."""
+    from fsvfm.evaluation import evaluate
+
+    made_in = folder / "finetune" if "finetune" in cfg.run else folder
+    evaluate(cfg, {str(cfg.name): str(made_in / "export")}, Path(cfg.evaluate.out))
+
+
+#: Files that a local checkpoint or a prepared folder is read from.
+_KEPT = ("model.*", "manifest.*")
 
 
 def evaluate_once(cfg: DictConfig) -> None:
@@ -122,8 +251,8 @@ def evaluate_once(cfg: DictConfig) -> None:
     record = {
         "settings": [OmegaConf.to_container(part, resolve=True) for part in (cfg.testsets, cfg.evaluate, cfg.protocol)]
         + [cfg.seed],
-        "checkpoints": {label: [source, _digests(Path(source))] for label, source in chosen.items()},
-        "manifests": {name: _digests(Path(test.manifest)) for name, test in cfg.testsets.items()},
+        "checkpoints": {label: [source, digests(Path(source), _KEPT)] for label, source in chosen.items()},
+        "manifests": {name: digests(Path(test.manifest), _KEPT) for name, test in cfg.testsets.items()},
     }
     marker = out / "evaluated.json"
     if cfg.resume == "auto" and marker.is_file() and json.loads(marker.read_text()) == record:
@@ -133,26 +262,16 @@ def evaluate_once(cfg: DictConfig) -> None:
 
     evaluate(cfg, chosen, out)
     if rank() == 0:
-        _write_json(marker, record)
+        write_json(marker, record)
 
 
-def _digests(path: Path) -> dict[str, str]:
-    """SHA-256 of the files that a local checkpoint or prepared folder is read from."""
-    files = [path] if path.is_file() else sorted([*path.glob("model.*"), *path.glob("manifest.*")])
-    digests = {}
-    for file in files:
-        with file.open("rb") as content:
-            digests[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-    return digests
-
-
-def export(checkpoint: Path, folder: Path, *, dataset: str) -> None:
-    """Write the small export (safetensors + JSON) of a Lightning checkpoint, with the data it was trained on."""
+def export(checkpoint: Path, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the small export (safetensors + JSON) of a Lightning checkpoint, with facts about its training data."""
     from fsvfm.checkpoint import load_checkpoint
     from fsvfm.exports import save_export
 
     loaded = load_checkpoint(checkpoint)
-    meta = {**loaded.meta, "provenance": {**loaded.meta.get("provenance", {}), "dataset": dataset, "exported": _now()}}
+    meta = {**loaded.meta, "provenance": {**loaded.meta.get("provenance", {}), **facts, "exported": now()}}
     save_export(folder, loaded.state, meta)
     print(f"exported {checkpoint.name} to {folder}", flush=True)
 
@@ -184,44 +303,3 @@ def resume_path(cfg: DictConfig, folder: Path) -> Path | None:
     if not path.is_file():
         raise ConfigError(f"resume={cfg.resume}: no such checkpoint; expected auto, never, or a .ckpt file of a run")
     return path
-
-
-def record(folder: Path) -> None:
-    """Keep what a reader needs to know about how a run was made: command, code, packages, machine."""
-    import torch
-
-    environment: dict[str, Any] = {
-        "time": _now(),
-        "command": build.command_line(),
-        "git": _git(),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
-    }
-    _write_json(folder / "environment.json", environment)
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the source tree and whether it was changed, or None outside a checkout."""
-    here = Path(__file__).parent
-
-    def ask(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)

@@ -341,9 +341,8 @@ class Scoring:
         if prediction.kind == "photo":
             image = load_image(prediction.source)
             yield from ((0, image, face) for face in prediction.faces)
-        elif (decisive := prediction.decisive) is not None:
-            shown = [(f, x) for f in prediction.frames for x in f.faces if x.id == decisive.id]
-            frame, face = max(shown, key=lambda pair: pair[1].probability)
+        elif (peak := prediction.peak) is not None:
+            frame, face = peak
             for index, image in read_frames(prediction.source, [frame.index]):
                 yield index, image, face
 

@@ -1,9 +1,13 @@
-"""The table of a sweep: runs that differ in seed, target and settings, as means and deviations over seeds.
+"""The table of a sweep: runs that differ in seed, target and settings, as means and deviations over seeds, compared.
 
 A multirun such as ``python -m fsvfm.train -m experiment=fas_vitb target=M,C,I,O seed=0,1,2,3,4`` leaves one run folder
 per point. Runs that differ in nothing but seed, target and test set are one row; a row's number for a test set is the
 mean over seeds with the sample standard deviation, and its overall mean is taken over test sets for each seed first,
 then over seeds. What one row has and another lacks is named: nothing is averaged over fewer runs in silence.
+
+Rows are compared with a reference row by a paired bootstrap, from the scores that the runs kept: in a replicate both
+rows meet the same draw of the test set's videos or people and, where there are several seeds, of the seeds; each seed's
+value is computed on its own and then averaged. With one seed, intervals and p say nothing about others.
 """
 
 from __future__ import annotations
@@ -20,7 +24,12 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from fsvfm.errors import DataError
+from fsvfm.metrics import antispoof, forgery
+from fsvfm.metrics.bootstrap import TestSamples, difference_p, paired_bootstrap, percentile_interval
+from fsvfm.metrics.samples import video_scores
+from fsvfm.report_figures import sweep_figure
 from fsvfm.report_tables import (
+    LOWER_IS_BETTER,
     PLAIN,
     PUBLISHED,
     Family,
@@ -35,15 +44,25 @@ from fsvfm.report_tables import (
     related,
     write_text,
 )
+from fsvfm.runner import FAILED
 
 #: Settings that never tell two rows apart: where a run lies, what it reports, what is tested.
-_ASIDE = ("name", "run", "resume", "ckpt", "evaluate", "logger", "paths", "hydra", "callbacks", "protocol", "testsets")
+_ASIDE = (
+    "name", "run", "resume", "ckpt", "evaluate", "logger", "paths", "hydra", "protocol", "testsets", "objective",
+    "ablation", "callbacks",
+)  # fmt: skip
 _ASIDE_KEYS = ("trainer.devices", "trainer.default_root_dir", "data.workers", "data.target", "data.prepare")
+_CALLBACKS = "callbacks.ema."  # of the callbacks, this one is part of the method
 _RESULTS = ("test/results.json", "evaluation/results.json")
+_ABLATION = "ablation.reference."
+_DIFFERENCE = ("difference", "difference_low", "difference_high", "p")
 
 
 class Run(NamedTuple):
-    """A run folder: its flattened settings and its summaries by test set; ``problem`` says why there are none."""
+    """A run folder: its flattened settings and its summaries by test set; ``problem`` says why there are none.
+
+    ``scores`` is the file with the score of every sample, and ``label`` the run's name in it.
+    """
 
     folder: Path
     settings: dict[str, Any]
@@ -51,6 +70,9 @@ class Run(NamedTuple):
     published: list[Mapping[str, Any]]
     notes: list[str]
     problem: str = ""
+    failed: bool = False
+    scores: Path | None = None
+    label: str = ""
 
     @property
     def name(self) -> str:
@@ -73,6 +95,11 @@ class Run(NamedTuple):
         planned = [key.split(".")[1] for key in self.settings if key.startswith("testsets.")]
         return list(dict.fromkeys([*planned, *self.summaries]))
 
+    @property
+    def reference(self) -> dict[str, Any]:
+        """Settings of the row that its sweep compares with."""
+        return {k.removeprefix(_ABLATION): v for k, v in self.settings.items() if k.startswith(_ABLATION)}
+
 
 class Statistic(NamedTuple):
     """A mean over ``n`` seeds with their sample standard deviation, which a single seed has not."""
@@ -80,6 +107,22 @@ class Statistic(NamedTuple):
     mean: float
     std: float | None
     n: int
+
+
+class Comparison(NamedTuple):
+    """A row's value with its 95 % interval and, against the reference row, the difference, its interval and p.
+
+    Fractions; over the ``seeds`` that both rows have. The reference row has no difference to itself.
+    """
+
+    value: float
+    low: float
+    high: float
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    p: float | None
+    seeds: list[int]
 
 
 class SweepRow(NamedTuple):
@@ -120,6 +163,15 @@ class SweepTable(NamedTuple):
     columns: list[str]
     rows: list[SweepRow]
     published: list[Mapping[str, Any]]
+    title: str = ""
+    reference: int | None = None
+    #: (level, metric, column or ``mean``) → one entry for each row, None where its runs kept no scores.
+    compared: dict[tuple[str, str, str], list[Comparison | None]] = {}  # noqa: RUF012  (never changed)
+
+    @property
+    def overall(self) -> str:
+        """The column by which rows are compared: the mean over test sets, or the only one."""
+        return "mean" if len(self.columns) > 1 else self.columns[0]
 
     def missing(self, row: SweepRow) -> list[dict[str, Any]]:
         """What a row lacks of the table's seeds and test sets, and why."""
@@ -168,13 +220,22 @@ def statistic(values: Mapping[int, float]) -> Statistic | None:
 # ---------------------------------------------------------------- collecting
 
 
-def collect(where: str | Path | Sequence[str | Path], *, by: Sequence[str] | str | None = None) -> Sweep:
+def collect(
+    where: str | Path | Sequence[str | Path],
+    *,
+    by: Sequence[str] | str | None = None,
+    reference: Mapping[str, Any] | None = None,
+    replicates: int = 2000,
+) -> Sweep:
     """Find the runs of a sweep and put them into rows.
 
     Args:
         where: a folder below which run folders lie, a run folder, a glob of either, or several of these.
         by: keys of the configuration that make the rows. None takes those that vary besides seed and target, without
             the ones that follow from others (the learning rate that comes with each model).
+        reference: settings of the row that the others are compared with; None takes what the sweep's configuration
+            says (``ablation.reference``), else the row with the best mean.
+        replicates: of the paired bootstrap; 0 compares nothing.
 
     Returns:
         The sweep; one table per protocol and set of metrics.
@@ -191,13 +252,16 @@ def collect(where: str | Path | Sequence[str | Path], *, by: Sequence[str] | str
         if run.testsets:
             runs.append(run)
         else:
-            why = "it has no test sets (a pre-training)" if run.settings else run.problem
+            why = "it has no test sets (a pre-training)" if run.settings and not run.failed else run.problem
             skipped.append((str(folder), why))
     if not any(run.summaries for run in runs):
         listed = "\n".join(f"  {name}: {why}" for name, why in [*((str(r.folder), r.problem) for r in runs), *skipped])
         raise DataError(f"no run with results below {', '.join(map(str, places))}\n{listed}".rstrip())
     wanted = [by] if isinstance(by, str) else by
-    tables = [_table(protocol, family, group, wanted) for protocol, family, group in _comparable(runs, skipped)]
+    tables = [
+        _compare(_table(protocol, family, group, wanted), reference, replicates)
+        for protocol, family, group in _comparable(runs, skipped)
+    ]
     common = Path(os.path.commonpath([run.folder.parent for run in runs]))
     folder = Path(places[0]) if len(places) == 1 and Path(places[0]).is_dir() else common
     return Sweep(folder, tables, skipped, list(dict.fromkeys(note for run in runs for note in run.notes)))
@@ -212,7 +276,10 @@ def _folders(places: Sequence[str | Path]) -> tuple[list[Path], list[tuple[str, 
         if not any(path.is_dir() for path in matches):
             raise DataError(f"sweep={place}: there is no such folder; give a folder of run folders, or a glob of them")
         for path in filter(Path.is_dir, matches):
-            below = [file.parent for file in sorted(path.rglob("config.yaml")) if not _hidden(file.relative_to(path))]
+            files = sorted([*path.rglob("config.yaml"), *path.rglob(FAILED)])
+            below = [file.parent for file in files if not _hidden(file.relative_to(path))]
+            # What lies inside a run folder (its detector, a logger's files) is part of that run.
+            below = list(dict.fromkeys(p for p in below if not set(p.parents) & set(below)))
             found |= dict.fromkeys(below)
             empty = [path] if not below else []
             if path not in below:
@@ -239,12 +306,17 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _read(folder: Path) -> Run:
     """A run folder's settings and results."""
+    failure = _failure(folder)
     try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        there = (folder / "config.yaml").is_file()
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) if there else failure.get("config")
     except Exception as error:  # whatever YAML and OmegaConf raise: one broken run must not hide the others
         return Run(folder, {}, {}, [], [], f"config.yaml is unreadable ({type(error).__name__})")
     settings = _flat(config) if isinstance(config, Mapping) else {}
     file = next((folder / name for name in _RESULTS if (folder / name).is_file()), None)
+    if file is None and failure:
+        told = " ".join(str(failure.get("error")).split())
+        return Run(folder, settings, {}, [], [], f"failed in {failure.get('step')}: {told[:300]}", failed=True)
     if file is None:
         return Run(folder, settings, {}, [], [], f"unfinished: there is no {' or '.join(_RESULTS)}")
     try:
@@ -260,7 +332,17 @@ def _read(folder: Path) -> Run:
     # A note begins with the run it is about; told once for the experiment, not once for every seed.
     experiment = str(name).split("__")[0]
     remarks = [experiment + note.removeprefix(label) if note.startswith(label) else note for note in notes(made)]
-    return Run(folder, settings, dict(by_run[label]), list(made.get("published") or []), remarks)
+    published = list(made.get("published") or [])
+    scores = file.with_name("predictions.parquet")
+    return Run(folder, settings, dict(by_run[label]), published, remarks, scores=scores, label=label)
+
+
+def _failure(folder: Path) -> dict[str, Any]:
+    """What a failed run says about itself; empty without a failure."""
+    try:
+        return dict(json.loads((folder / FAILED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _comparable(runs: Sequence[Run], skipped: list[tuple[str, str]]) -> Iterator[tuple[str, Family, list[Run]]]:
@@ -332,9 +414,29 @@ def _table(protocol: str, family: Family, runs: Sequence[Run], by: Sequence[str]
         keys,
         sorted({seed for seed, _ in places}),
         [name for name in columns if any(name == column for _, column in places)],
-        list(rows.values()),
+        _in_order(list(rows.values())),
         published,
+        _title(runs, family, protocol),
     )
+
+
+def _in_order(rows: list[SweepRow]) -> list[SweepRow]:
+    """Rows by their settings: numbers as numbers, then null, words as they came."""
+    seen: dict[str, int] = {}
+
+    def place(value: Any) -> tuple[int, float]:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return 0, float(value)
+        return (1, 0.0) if value is None else (2, float(seen.setdefault(_text(value), len(seen))))
+
+    return sorted(rows, key=lambda row: [place(value) for value in row.key.values()])
+
+
+def _title(runs: Sequence[Run], family: Family, protocol: str) -> str:
+    """The sweep's own title where all runs have the same, else the task; with the protocol."""
+    titles = {run.settings.get("ablation.title") for run in runs}
+    title = str(titles.pop() or "") if len(titles) == 1 else ""
+    return f"{title or family.title}{f', protocol {protocol}' if protocol else ''}"
 
 
 def _text(value: Any) -> str:
@@ -347,7 +449,7 @@ def _candidates(runs: Sequence[Run]) -> list[str]:
     found = [
         key
         for key in keys
-        if key.split(".")[0] not in _ASIDE
+        if (key.split(".")[0] not in _ASIDE or key.startswith(_CALLBACKS))
         and key not in _ASIDE_KEYS
         and key.split(".")[-1] != "seed"
         and len({_text(run.settings.get(key)) for run in runs}) > 1
@@ -380,6 +482,142 @@ def _follows(runs: Sequence[Run], key: str, cause: Any) -> bool:
     return len(values) > 1 and all(len(found) == 1 for found in values.values())
 
 
+# ---------------------------------------------------------------- comparing
+
+
+def _compare(table: SweepTable, wanted: Mapping[str, Any] | None, replicates: int) -> SweepTable:
+    """The table with its reference row and every row's comparison with it, for the headline metrics."""
+    row = _reference(table, wanted)
+    table = table._replace(reference=row)
+    if row is None or not replicates:
+        return table
+    cache: dict[Path, pd.DataFrame | None] = {}
+    compared = {}
+    for metric in table.family.headlines:
+        for level in table.family.headline_levels:
+            for column, found in _compare_metric(table, row, level, metric, replicates, cache).items():
+                compared[level, metric, column] = found
+    return table._replace(compared=compared)
+
+
+def _reference(table: SweepTable, wanted: Mapping[str, Any] | None) -> int | None:
+    """Index of the row with the wanted settings, else those that the sweep names, else of the best row with values."""
+    level, metric = table.family.headline_levels[0], table.family.headlines[0]
+    means = [statistic(row.means(level, metric, table.columns)) for row in table.rows]
+    valued = [index for index, mean in enumerate(means) if mean is not None]
+    wanted = dict(wanted) if wanted else None
+    named = wanted or next((run.reference for row in table.rows for run in row.runs if run.reference), {})
+
+    def matches(row: SweepRow) -> bool:
+        return all(_text(row.runs[0].settings.get(key)) == _text(value) for key, value in named.items())
+
+    chosen = [index for index in valued if named and matches(table.rows[index])]
+    if wanted and not chosen:
+        raise DataError(
+            f"reference={wanted}: no row with results has these settings; there are "
+            + ", ".join(_text(row.key) for row in table.rows)
+        )
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    return max(chosen or valued, key=lambda index: sign * means[index].mean, default=None)  # type: ignore[union-attr]
+
+
+def _compare_metric(
+    table: SweepTable, reference: int, level: str, metric: str, replicates: int, cache: dict[Path, pd.DataFrame | None]
+) -> dict[str, list[Comparison | None]]:
+    """One metric's comparisons by column, ``mean`` included where there are several."""
+
+    def value(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+        if "hter" in table.family.metrics:
+            return antispoof.statistics(scores, labels, weights)[metric]
+        return forgery.METRICS[metric](forgery.curve(scores, labels, weights))
+
+    samples = {column: _samples(table, column, level, cache) for column in table.columns}
+    usable = [column for column, found in samples.items() if found is not None]
+    draws = paired_bootstrap(value, [samples[c] for c in usable], replicates=replicates)  # type: ignore[misc]
+    # Row and seed → (1 + R,): the value, then those of the replicates.
+    columns: dict[str, dict[tuple[int, int], np.ndarray]] = {column: {} for column in table.columns}
+    for column, drawn in zip(usable, draws, strict=True):
+        found = samples[column]
+        for name, values in drawn.items():
+            place = json.loads(name)
+            point = value(found.scores[name], found.labels, None)  # type: ignore[union-attr]
+            columns[column][place[0], place[1]] = np.concatenate([point, values])
+    if len(table.columns) > 1 and metric not in PLAIN:
+        whole = set.intersection(*(set(found) for found in columns.values()))
+        columns["mean"] = {place: np.mean([columns[c][place] for c in table.columns], axis=0) for place in whole}
+    return {
+        column: [_comparison(found, index, reference) for index in range(len(table.rows))]
+        for column, found in columns.items()
+    }
+
+
+def _comparison(values: Mapping[tuple[int, int], np.ndarray], row: int, reference: int) -> Comparison | None:
+    """A row against the reference in one column, over the seeds that both have."""
+    seeds = {index: {seed for r, seed in values if r == index} for index in (row, reference)}
+    mine = sorted(seeds[row])
+    if not mine:
+        return None
+    own = _over_seeds(np.stack([values[row, seed] for seed in mine]))
+    low, high = percentile_interval(own[1:])
+    shared = sorted(seeds[row] & seeds[reference])
+    if row == reference or not shared:
+        return Comparison(float(own[0]), float(low), float(high), None, None, None, None, mine)
+    away = _over_seeds(np.stack([values[row, seed] - values[reference, seed] for seed in shared]))
+    left, right = percentile_interval(away[1:])
+    p = difference_p(away[1:])
+    return Comparison(float(own[0]), float(low), float(high), float(away[0]), float(left), float(right), p, shared)
+
+
+def _over_seeds(values: np.ndarray) -> np.ndarray:
+    """(S, 1 + R) values of each seed to their means, (1 + R,): of the seeds as they are, then of seeds drawn again."""
+    count, columns = values.shape
+    drawn = np.random.default_rng(0).integers(count, size=(count, columns))
+    drawn[:, 0] = np.arange(count)
+    return values[drawn, np.arange(columns)].mean(axis=0)
+
+
+def _samples(table: SweepTable, column: str, level: str, cache: dict[Path, pd.DataFrame | None]) -> TestSamples | None:
+    """A test set's samples with the scores of every row and seed that scored exactly them; None without any."""
+    labels = groups = first = None
+    scores: dict[str, np.ndarray] = {}
+    for index, row in enumerate(table.rows):
+        for (seed, name), (run, testset) in sorted(row.cells.items()):
+            part = _scores(run, testset, cache) if name == column else None
+            if part is None:
+                continue
+            if first is None:
+                first = part.index
+            if not first.equals(part.index):  # other samples: no pairs
+                continue
+            dataset = part["dataset"].astype(str) + "/"
+            over = (run.summaries[testset].get("interval") or {}).get("over", "video")
+            owners = (dataset + part[over].astype(str)).to_numpy(dtype=str)
+            values, known = part["score"].to_numpy(), part["label"].to_numpy()
+            if level == "video":
+                videos = (dataset + part["video"].astype(str)).to_numpy(dtype=str)
+                ids, values, known = video_scores(values, videos, known)
+                owners = pd.Series(owners).groupby(videos).first().loc[ids].to_numpy(dtype=str)
+            labels, groups = known, owners
+            scores[json.dumps([index, seed])] = values
+    return TestSamples(labels, groups, scores) if labels is not None and groups is not None else None
+
+
+def _scores(run: Run, testset: str, cache: dict[Path, pd.DataFrame | None]) -> pd.DataFrame | None:
+    """The scores of a run on a test set, by path; None where they were not kept or cannot be read."""
+    if run.scores is None or "gap" in run.summaries.get(testset, {"gap": ""}):
+        return None
+    if run.scores not in cache:
+        try:
+            cache[run.scores] = pd.read_parquet(run.scores)
+        except (OSError, ValueError):
+            cache[run.scores] = None
+    table = cache[run.scores]
+    if table is None or not {"run", "testset", "path", "dataset", "video", "subject", "label", "score"} <= set(table):
+        return None
+    part = table[(table["run"] == run.label) & (table["testset"] == testset)]
+    return part.set_index("path").sort_index() if len(part) else None
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -393,15 +631,19 @@ def text_tables(table: SweepTable) -> list[Table]:
         for level in table.family.headline_levels:
             beside = [p for p in related(table.published, [metric], table.columns) if p["level"] == level]
             rows = [published_row(entry, table.columns, averaged, blank=len(heads) + 1) for entry in beside]
-            for row, missing in zip(table.rows, lacking, strict=True):
+            compared = table.compared.get((level, metric, table.overall), [])
+            compared = compared if any(found and found.difference is not None for found in compared) else []
+            rows = [row._replace(cells=[*row.cells, *[""] * (2 * bool(compared))]) for row in rows]
+            for index, (row, missing) in enumerate(zip(table.rows, lacking, strict=True)):
                 cells = {c: found for lv, m, c, found in table.statistics(row) if (lv, m) == (level, metric)}
                 seeds = len({seed for column in table.columns for seed in row.values(level, metric, column)})
-                words = [row.name + (" †" if missing else ""), *map(str, row.key.values()), str(seeds)]
+                words = [row.name + (" †" if missing else ""), *map(_word, row.key.values()), str(seeds)]
                 matched = any(entry.get("experiment") == row.name for entry in beside)
-                rows.append(
-                    Row([*words, *(_cell(found, seeds) for found in cells.values())], "matched" if matched else "")
-                )
+                numbers = [_cell(found, seeds) for found in cells.values()]
+                numbers += _against(compared[index], index == table.reference) if compared else []
+                rows.append(Row([*words, *numbers], "matched" if matched else ""))
             head = ["run", *heads, "seeds", *table.columns, *(["mean"] if averaged and metric not in PLAIN else [])]
+            head += ["Δ [95 %]", "p"] if compared else []
             tables.append(Table(f"{metric_name(metric)}, {level} level", head, rows, 1 + len(heads)))
     return tables
 
@@ -410,6 +652,35 @@ def _short_keys(keys: Sequence[str]) -> list[str]:
     """``model.name`` → ``model``; others by their last part where that is unambiguous."""
     short = [key.split(".")[0] if key.endswith((".name", ".strategy")) else key.split(".")[-1] for key in keys]
     return [name if short.count(name) == 1 else key for name, key in zip(short, keys, strict=True)]
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _against(found: Comparison | None, reference: bool) -> list[str]:
+    """Difference with its interval, in points, and p."""
+    if reference:
+        return ["reference", ""]
+    if found is None or found.difference is None or found.p is None:
+        return ["—", "—"]
+    away = [100 * v for v in (found.difference, found.difference_low, found.difference_high) if v is not None]
+    text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*away).replace("-", "−")
+    return [text, "<0.001" if found.p < 0.001 else f"{found.p:.3f}"]
+
+
+def _comparing(table: SweepTable) -> str:
+    """How rows were compared, in words; empty where they were not."""
+    if table.reference is None or not any(f and f.difference is not None for fs in table.compared.values() for f in fs):
+        return ""
+    row = table.rows[table.reference]
+    named = ", ".join(f"{key} = {_word(value)}" for key, value in row.key.items()) or row.name
+    what = "the mean over test sets" if table.overall == "mean" else table.overall
+    return (
+        f"Δ: difference in {what} from the reference ({named}), in points, with the 95 % interval and the two-sided p "
+        "of a paired bootstrap over test videos or people and, where both rows have several, over seeds. With one seed "
+        "it says nothing about other seeds, with two or three too little; p is not corrected for the number of rows."
+    )
 
 
 def _cell(found: Statistic | None, seeds: int) -> str:
@@ -432,7 +703,7 @@ def _lacks(table: SweepTable) -> list[str]:
             seeds.setdefault((where, why), []).append(str(seed))
         parts = [f"seed {', '.join(found)} on {where} ({why})" for (where, why), found in seeds.items()]
         if parts:
-            label = ", ".join([row.name, *map(str, row.key.values())])
+            label = ", ".join([row.name, *map(_word, row.key.values())])
             lines.append(f"† {label} is incomplete, it lacks {'; '.join(parts)}")
     return lines
 
@@ -447,20 +718,63 @@ def describe(sweep: Sweep) -> str:
         "",
     ]
     for table in sweep.tables:
-        lines += [f"## {table.family.title}{f', protocol {table.protocol}' if table.protocol else ''}", ""]
+        lines += [f"## {table.title}", ""]
         shown = text_tables(table)
         if any(row.kind == "published" for part in shown for row in part.rows):
             lines += [PUBLISHED, ""]
         for part in shown:
             lines += [f"### {part.title}", "", *markdown(part), ""]
-        lines += [line for lack in _lacks(table) for line in (lack, "")]
+        lines += [line for text in (_comparing(table), *_lacks(table)) if text for line in (text, "")]
     if sweep.skipped:
         lines += ["Not part of the tables:", "", *(f"- {name}: {why}" for name, why in sweep.skipped)]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def page(sweep: Sweep) -> str:
+    """The sweep as one self-contained HTML page with plots."""
+    import jinja2
+
+    parts = [
+        {
+            "title": table.title, "tables": text_tables(table), "comparing": _comparing(table), "lacks": _lacks(table),
+            "figures": [sweep_figure(points) for points in _points(table)],
+            "definitions": {metric_name(name): text for name, text in table.family.definitions.items()},
+        }
+        for table in sweep.tables
+    ]  # fmt: skip
+    loader = jinja2.PackageLoader("fsvfm", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("sweep.html").render(
+        title=sweep.tables[0].title if len(sweep.tables) == 1 else "Sweep", parts=parts, notes=sweep.notes,
+        skipped=sweep.skipped, folder=str(sweep.folder), published=PUBLISHED,
+    )  # fmt: skip
+
+
+def _points(table: SweepTable) -> Iterator[pd.DataFrame]:
+    """What to draw: one table per headline metric and level, a line for each row and test set."""
+    for metric in table.family.headlines:
+        for level in table.family.headline_levels:
+            lines = []
+            for index, row in enumerate(table.rows):
+                names = [row.name] if len({r.name for r in table.rows}) > 1 or not row.key else []
+                label = ", ".join([*names, *map(_word, row.key.values())])
+                x = next(iter(row.key.values())) if len(row.key) == 1 else None
+                for lv, m, column, found in table.statistics(row):
+                    if (lv, m) != (level, metric) or found is None:
+                        continue
+                    compared = table.compared.get((level, metric, column), [None] * len(table.rows))[index]
+                    lines.append(
+                        {"metric": f"{metric_name(metric)}, {level} level", "column": column, "label": label, "x": x}
+                        | {"value": found.mean, "std": found.std, "reference": index == table.reference}
+                        | {"low": getattr(compared, "low", None), "high": getattr(compared, "high", None)}
+                        | {"key": _short_keys(table.by)[0] if len(table.by) == 1 else ""}
+                    )
+            if lines:
+                yield pd.DataFrame(lines)
+
+
 def write_sweep(folder: str | Path, sweep: Sweep) -> list[Path]:
-    """Write ``sweep.json``, ``.csv``, ``.md`` and ``.tex`` into a folder, each atomically.
+    """Write ``sweep.json``, ``.csv``, ``.md``, ``.tex`` and the page ``.html`` into a folder, each atomically.
 
     The JSON holds the value of every seed and the run folder it came from, so that rows can be compared seed by seed.
 
@@ -473,7 +787,7 @@ def write_sweep(folder: str | Path, sweep: Sweep) -> list[Path]:
     tex.append("% Per cent; mean and sample standard deviation over seeds.")
     for table in sweep.tables:
         rows = []
-        for row in table.rows:
+        for index, row in enumerate(table.rows):
             missing = table.missing(row)
             values: dict[str, Any] = {}
             for level, metric, column, found in table.statistics(row):
@@ -481,27 +795,32 @@ def write_sweep(folder: str | Path, sweep: Sweep) -> list[Path]:
                     row.means(level, metric, table.columns) if column == "mean" else row.values(level, metric, column)
                 )
                 stated = found._asdict() if found else {"mean": None, "std": None, "n": 0}
-                values.setdefault(level, {}).setdefault(metric, {})[column] = {**stated, "seeds": seeds}
+                against = table.compared.get((level, metric, column))
+                compared = against[index] if against else None
+                cell = {**stated, "seeds": seeds} | ({"compared": compared._asdict()} if compared else {})
+                values.setdefault(level, {}).setdefault(metric, {})[column] = cell
                 tidy.append(
                     {"protocol": table.protocol, "run": row.name, **row.key, "level": level, "metric": metric}
                     | {"testset": column, **stated, "missing": len(missing)}
+                    | {name: getattr(compared, name, None) for name in ("low", "high", *_DIFFERENCE)}
                 )
             runs = [{"folder": str(r.folder), "seed": r.seed, "target": r.target} for r in row.runs]
             rows.append({"run": row.name, "key": row.key, "runs": runs, "missing": missing, "values": values})
         records.append(
             {"protocol": table.protocol, "metrics": list(table.family.metrics), "by": table.by, "seeds": table.seeds}
             | {"testsets": table.columns, "definitions": table.family.definitions, "published": table.published}
-            | {"rows": rows}
+            | {"title": table.title, "reference": table.reference, "rows": rows}
         )
         for part in text_tables(table):
-            tex += [f"% {table.family.title} {table.protocol}: {part.title}", *latex(part)]
-        tex += [f"% {line}" for line in _lacks(table)]
+            tex += [f"% {table.title}: {part.title}", *latex(part)]
+        tex += [f"% {line}" for line in (_comparing(table), *_lacks(table)) if line]
     content = {"tables": records, "skipped": [{"folder": f, "why": w} for f, w in sweep.skipped], "notes": sweep.notes}
     files = {
         "sweep.json": json.dumps(content, indent=1, allow_nan=False, default=str) + "\n",
         "sweep.csv": pd.DataFrame(tidy).to_csv(index=False),
         "sweep.md": describe(sweep),
         "sweep.tex": "\n".join(tex) + "\n",
+        "sweep.html": page(sweep),
     }
     for name, text in files.items():
         write_text(folder / name, text)

@@ -1,20 +1,18 @@
-"""``python -m fsvfm.train experiment=<name>``: fit, then test, as the agenda ``run`` says."""
+"""``python -m fsvfm.train experiment=<name>``: fit, then test, as the agenda ``run`` says; with ``-m`` many times."""
 
 from __future__ import annotations
 
-import hydra
 from omegaconf import DictConfig
 
 from fsvfm import cli
 
 
-@hydra.main(version_base="1.3", config_path="pkg://fsvfm.configs", config_name="train")
-@cli.guard
-def main(cfg: DictConfig) -> None:
-    """Train as configured."""
-    from fsvfm.runner import train
+@cli.command("train")
+def main(cfg: DictConfig) -> float | None:
+    """Train as configured; a search is told the ``objective``."""
+    from fsvfm.runner import apart, train, train_apart
 
-    train(cfg)
+    return train_apart(cfg) if apart(cfg) else train(cfg)
 
 
 if __name__ == "__main__":

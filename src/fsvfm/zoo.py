@@ -318,6 +318,31 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
         raise _offline_help(repository, file, revision, error) from None
 
 
+def fetch_address(address: str, folder: str) -> Path:
+    """One file of the web: from `weights_folder()/<folder>`, else torch's cache, else downloaded.
+
+    Raises:
+        CheckpointError: no connection; says the address and where to put the file by hand.
+    """
+    import torch
+
+    file = address.rsplit("/", 1)[-1]
+    places = [weights_folder() / folder / file, Path(torch.hub.get_dir()) / "checkpoints" / file]
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    try:
+        places[1].parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(places[1]))  # under a temporary name first
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} is not here and could not be downloaded ({type(error).__name__}: {error}).\n"
+            f"  Address: {address}\n"
+            f"  Put it at: {places[0]}\n"
+            "  (FSVFM_WEIGHTS changes the folder)"
+        ) from None
+    return places[1]
+
+
 def _list_folder(repository: str, folder: str, revision: str | None) -> list[str]:
     """Files below a folder: those put there by hand if any, else what the hub says, else what its cache holds."""
     local = weights_folder() / repository

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fsvfm.data.datasets import collate
+from fsvfm.loggers import Shows
 from fsvfm.models.vit import patchify, unpatchify
 from fsvfm.tasks.pretrain import PretrainResult, PretrainTask
 
@@ -46,7 +48,7 @@ def panel(task: PretrainTask, pixels: Tensor, result: PretrainResult) -> Image.I
     Args:
         task: the pre-training task.
         pixels: (B, 3, S, S) uint8 faces.
-        result: of :meth:`PretrainTask.compute` on the same faces.
+        result: of :meth:`PretrainTask.compute` on the same faces, with ``whole``.
     """
     patch = task.online.encoder.config.patch_size
     image = pixels.float() / 255
@@ -60,19 +62,36 @@ def panel(task: PretrainTask, pixels: Tensor, result: PretrainResult) -> Image.I
         predicted,
         patches * (1 - masked) + predicted * masked,
     ]
-    rows = torch.cat([unpatchify(column, patch) for column in columns], dim=3)
-    height = pixels.shape[-2]
+    return side_by_side([unpatchify(column, patch) for column in columns], _CAPTIONS)
+
+
+def side_by_side(columns: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
+    """One row per face, one column with a caption per tensor (B, 3, S, S), values in [0, 1]."""
+    rows = torch.cat(list(columns), dim=3)
     picture = (rows.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).reshape(-1, rows.shape[-1], 3).cpu().numpy()
     caption = 18
     canvas = Image.fromarray(np.pad(picture, ((caption, 0), (0, 0), (0, 0)), constant_values=255))
     draw = ImageDraw.Draw(canvas)
-    for column, text in enumerate(_CAPTIONS):
-        draw.text((column * height + 4, 3), text, fill=(0, 0, 0))
+    for column, text in enumerate(captions):
+        draw.text((column * rows.shape[2] + 4, 3), text, fill=(0, 0, 0))
     return canvas
 
 
+def show(picture: Image.Image, path: Path, trainer: pl.Trainer) -> None:
+    """On the first process: write a PNG, complete or not at all, and give it to the loggers that show pictures."""
+    if not trainer.is_global_zero:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    picture.save(temporary, format="PNG")
+    temporary.replace(path)
+    for logger in trainer.loggers:
+        if isinstance(logger, Shows):
+            logger.show_picture("panel", picture, trainer.global_step)
+
+
 class ReconstructionPanels(pl.Callback):
-    """Every k epochs and at the end, the same faces with the same masks as a PNG; also to TensorBoard and wandb.
+    """Every k epochs and at the end, the same faces with the same masks as a PNG; loggers show it too.
 
     Args:
         every_n_epochs: interval; 0 draws only at the end.
@@ -86,25 +105,19 @@ class ReconstructionPanels(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw when it is time."""
         epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs
+        last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
         due = self.every_n_epochs and epoch % self.every_n_epochs == 0
         task = cast(PretrainTask, pl_module)
-        if not trainer.is_global_zero or not task.reconstructs or not (due or last):
+        if not task.reconstructs or not (due or last):
             return
+        # Every process computes: networks may be shared out among them (FSDP), or losses gather features (infonce).
         rows: Any = trainer.datamodule.training_rows()  # type: ignore[attr-defined]
         picks = np.linspace(0, len(rows) - 1, min(self.faces, len(rows))).astype(int)
         batch = collate([rows[int(i)] for i in picks])
         pixels, grid = batch["image"].to(task.device), batch["grid"].to(task.device)
         generator = torch.Generator(task.device).manual_seed(0)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            picture = panel(task, pixels, task.compute(pixels, grid, generator=generator))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"epoch_{epoch:04d}.png"
-        temporary = path.with_suffix(".tmp")
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
-        for logger in trainer.loggers:
-            if isinstance(logger, pl.loggers.TensorBoardLogger):
-                logger.experiment.add_image("panel", np.asarray(picture), trainer.global_step, dataformats="HWC")
-            elif isinstance(logger, pl.loggers.WandbLogger):
-                logger.log_image("panel", [picture], step=trainer.global_step)
+        # Compiled networks (speed.compile) would be compiled again for these few faces.
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, trainer.precision_plugin.forward_context():
+            picture = panel(task, pixels, task.compute(pixels, grid, generator=generator, whole=True))
+        show(picture, self.folder / f"epoch_{epoch:04d}.png", trainer)

@@ -11,11 +11,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.distributed.fsdp import FSDPModule
 
 from fsvfm.data.datamodules import make_loader
 from fsvfm.data.datasets import LabelledFaces
 from fsvfm.data.manifest import Manifest
 from fsvfm.data.transforms import test_transform
+from fsvfm.ema import reshard
 from fsvfm.tasks.pretrain import PretrainTask
 
 
@@ -41,12 +43,18 @@ class LinearProbe(pl.Callback):
         return np.concatenate(features), rows.labels
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fit and score on the first process; the others wait at the next collective operation."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs or not trainer.is_global_zero:
+        """Compute features on every process, since the network may be shared out among them; score on the first."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs:
             return
+        online = cast(PretrainTask, pl_module).online
+        if isinstance(online, FSDPModule):
+            online.unshard()  # its encoder is called alone
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             train, labels = self._features(cast(PretrainTask, pl_module), "train")
             val, val_labels = self._features(cast(PretrainTask, pl_module), "val")
+        reshard(online)
+        if not trainer.is_global_zero:
+            return
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=0.1)).fit(train, labels)
         auc = roc_auc_score(val_labels, model.predict_proba(val)[:, 1])
         pl_module.log("probe/auc", float(auc), rank_zero_only=True)

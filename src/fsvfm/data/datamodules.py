@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,8 +73,27 @@ class FaceDataModule(pl.LightningDataModule):
         """Loader of this process's share of every epoch."""
         self._sampler = self.sampler(*self.process)
         if self._resume:
-            self._sampler.set_epoch(self._resume["epoch"], start=self._resume["batches"])
+            self._sampler.set_epoch(self._resume["epoch"], start=self._position())
         return make_loader(self.training_rows(), workers=self.workers, batch_sampler=self._sampler)
+
+    def _position(self) -> int:
+        """Batches of the epoch that are done already.
+
+        They are counted anew, in Lightning's progress too, where a micro-batch over all processes has another size than
+        before the interruption. An epoch's order does not depend on it, so that with the same effective batch the next
+        step takes the images that it would have taken.
+        """
+        done, images = self._resume["batches"], self.batch_size * self.process[1]
+        before = self._resume.get("images", images)
+        if self.trainer is None or self._sampler is None or images == before:
+            return done
+        accumulate = self.trainer.accumulate_grad_batches
+        there = done * before // (images * accumulate) * accumulate
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        under_way = progress.ready - progress.completed
+        progress.ready = progress.started = progress.processed = there if done else len(self._sampler)
+        progress.completed = progress.ready - under_way
+        return there
 
     @property
     def process(self) -> tuple[int, int]:
@@ -87,12 +107,13 @@ class FaceDataModule(pl.LightningDataModule):
         return make_loader(rows, workers=self.workers, batch_size=self.batch_size, sampler=sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and how many of its batches have been used."""
+        """The epoch, how many of its batches have been used, and the images of a batch over all processes."""
         if self._sampler is None or self.trainer is None:
             return dict(self._resume)
         taken = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         finished = taken >= self.trainer.num_training_batches
-        return {"epoch": self._sampler.epoch + finished, "batches": 0 if finished else taken}
+        images = self.batch_size * self.process[1]
+        return {"epoch": self._sampler.epoch + finished, "batches": 0 if finished else taken, "images": images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
@@ -162,10 +183,15 @@ class ForgeryData(FaceDataModule):
         workers: loader processes per device.
         augment: values of the ``augment`` group, of which ``crop_scale``, ``flip``, ``rand_augment`` and
             ``saturation`` happen here.
-        balance: ``class`` draws as many reals as fakes, ``method`` moreover all methods equally often; null draws each
-            row once per epoch.
+        balance: ``class`` draws as many reals as fakes, ``method`` moreover all methods equally often, ``batch`` puts
+            exactly as many reals as fakes into every batch; null draws each row once per epoch.
         weights: share of every data set in the draws, {name: share}, whatever its size; null leaves them.
+        fraction: share of the training videos of every data set and method (label-efficiency ablations); null takes
+            all. Smaller shares of one seed are part of larger ones. Validation stays whole.
         seed: of order and augmentation.
+
+    Raises:
+        ConfigError: with ``balance="batch"``, an odd ``batch_size``, or ``weights``.
     """
 
     def __init__(
@@ -179,17 +205,24 @@ class ForgeryData(FaceDataModule):
         augment: dict[str, Any],
         balance: str | None = None,
         weights: dict[str, float] | None = None,
+        fraction: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, seed=seed)
         manifest = Manifest.concat([Manifest.read(path, extra=()) for path in manifests])
         if methods is not None:
             manifest = manifest.select(methods=["real", *methods])
-        self.train = manifest.select(split="train")
+        self.train = _share_of_videos(manifest.select(split="train"), fraction, seed)
         self.val = manifest.select(split="val")
         self.train.require_both_classes("training")
         self.val.require_both_classes("validation")
-        if balance is not None or weights is not None:
+        self.halves = balance == "batch"
+        if self.halves and (batch_size % 2 or weights is not None):
+            raise ConfigError(
+                f"data.balance=batch with data.batch_size={batch_size} and data.weights={weights}: expected an even "
+                "batch size, half of it real faces, and no weights"
+            )
+        if not self.halves and (balance is not None or weights is not None):
             self.row_weights = self.train.sampling_weights(balance=balance, datasets=weights)
         self.train_rows = _augmented(self.train, image_size, augment)
         self.val_rows = LabelledFaces(self.val, test_transform(image_size))
@@ -198,6 +231,15 @@ class ForgeryData(FaceDataModule):
         """Augmented training faces."""
         return self.train_rows
 
+    def sampler(self, rank: int, world_size: int) -> ResumableSampler:
+        """With halves of one class each, an epoch has as many batches as if every row were drawn once."""
+        if not self.halves:
+            return super().sampler(rank, world_size)
+        batch = self.batch_size * world_size
+        streams = [np.flatnonzero(self.train_rows.labels == label) for label in (0, 1)]
+        batches = max(1, len(self.train_rows) // batch)
+        return BalancedSampler(streams, batch // 2, batches, seed=self.seed, rank=rank, world_size=world_size)
+
     def val_dataloader(self) -> DataLoader[Any]:
         """All validation faces, dealt to the processes."""
         return self.in_order(self.val_rows)
@@ -205,6 +247,21 @@ class ForgeryData(FaceDataModule):
 
 #: How the checkpoint that counts is chosen in anti-spoofing: see :class:`AntispoofData`.
 SELECTIONS = ("last", "source_best", "target_best")
+
+
+def _share_of_videos(rows: Manifest, fraction: float | None, seed: int) -> Manifest:
+    """All rows of a share of the videos, of every data set, class and method alike and at least one of each."""
+    if fraction is None:
+        return rows
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"data.fraction={fraction}: expected a share of the training videos in (0, 1], or null")
+    kept = np.zeros(len(rows), dtype=bool)
+    for (name, label, method), group in rows.table.groupby(["dataset", "label", "method"], sort=False, observed=True):
+        videos = np.sort(group["video"].astype(str).unique())
+        order = np.random.default_rng(derive_seed(seed, zlib.crc32(f"{name}/{label}/{method}".encode())))
+        chosen = order.permutation(videos)[: max(1, round(fraction * len(videos)))]
+        kept[group.index] |= group["video"].astype(str).isin(chosen).to_numpy()
+    return rows._subset(kept)
 
 
 class AntispoofData(FaceDataModule):

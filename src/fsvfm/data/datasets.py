@@ -143,7 +143,10 @@ class LabelledFaces(_Rows):
 
     def load(self, index: int, seed: int) -> dict[str, Any]:
         """One augmented face with its label."""
-        image = read_image(self.paths[index])
+        return self.sample(read_image(self.paths[index]), index, seed)
+
+    def sample(self, image: np.ndarray, index: int, seed: int) -> dict[str, Any]:
+        """The sample of a row whose picture, (H, W, 3) uint8 RGB, has been read."""
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  (timm draws from the global generator)
         torch.manual_seed(seed)

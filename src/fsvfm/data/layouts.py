@@ -1,11 +1,13 @@
 """Folders in published layouts, read as they are: no manifest is written into them, none is needed.
 
-Three layouts are known (:data:`LAYOUTS`): pre-training faces with parsing maps, class folders, and the face
-anti-spoofing bundles. :meth:`fsvfm.data.manifest.Manifest.read` asks here where a folder holds no manifest.
+Four layouts are known (:data:`LAYOUTS`): pre-training faces with parsing maps, class folders, the face anti-spoofing
+bundles, and FaceForensics++ frames with masks. :meth:`fsvfm.data.manifest.Manifest.read` asks here where a folder holds
+no manifest.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -332,6 +334,68 @@ def _read_bundle(folder: Path) -> Manifest:
     return Manifest(pd.DataFrame(rows), folder)
 
 
+# --- FaceForensics++ frames with masks (SLADD) ------------------------------------------------------------------------
+
+#: Folders of the four manipulations, and what they are called elsewhere.
+_MANIPULATIONS = {"FF-DF": "Deepfakes", "FF-F2F": "Face2Face", "FF-FS": "FaceSwap", "FF-NT": "NeuralTextures"}
+_CONFIGS = {"train": "train", "val": "eval", "test": "test"}
+
+
+def _has_frames_with_masks(folder: Path) -> bool:
+    image = folder / "image"
+    return (image / "real").is_dir() and any((image / name).is_dir() for name in _MANIPULATIONS)
+
+
+def _read_frames_with_masks(folder: Path) -> Manifest:
+    """`image/real/<id>/<frame>.png`, `image/FF-*/<id>_<id>/<frame>.png`, `mask/…`, `config/{train,eval,test}.json`.
+
+    A config is a list of pairs of ids: both videos, and the forgeries in both directions, belong to its split. A mask
+    (`<frame>.png` or `<frame>_mask.png`) is the file of the column `mask`; it is empty where there is none.
+    """
+    split_of: dict[str, str] = {}
+    for split, name in _CONFIGS.items():
+        file = folder / "config" / f"{name}.json"
+        if not file.is_file():
+            continue
+        try:
+            pairs = [(str(first), str(second)) for first, second in json.loads(file.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f'{file} must hold a list of pairs of video ids, such as [["000", "003"]]: {error}'
+            ) from None
+        split_of |= {clip: split for one, two in pairs for clip in (one, two, f"{one}_{two}", f"{two}_{one}")}
+    if not split_of:
+        raise DataError(f"{folder}/config has none of train.json, eval.json and test.json, which say the splits")
+    rows: list[dict[str, Any]] = []
+    unlisted = 0
+    for name, method in {"real": "real", **_MANIPULATIONS}.items():
+        masks = set(_files(folder / "mask" / name, IMAGE_SUFFIXES))
+        for image in map(PurePosixPath, _files(folder / "image" / name, IMAGE_SUFFIXES)):
+            clip, frame = image.parent.as_posix(), re.search(r"\d{1,9}", image.stem)
+            if clip not in split_of:
+                unlisted += 1
+                continue
+            mask = next((m for m in (str(image), f"{image.with_suffix('')}_mask.png") if m in masks), None)
+            rows.append(
+                {
+                    "path": f"image/{name}/{image}",
+                    "label": int(method != "real"),
+                    "split": split_of[clip],
+                    "dataset": folder.name,
+                    "method": method,
+                    "video": clip if method == "real" else f"{method}/{clip}",
+                    "subject": clip.replace("_", "+"),
+                    "frame": int(frame[0]) if frame else 0,
+                    "mask": f"mask/{name}/{mask}" if mask else "",
+                }
+            )
+    if unlisted:
+        warnings.warn(f"{folder}: {unlisted} frames of videos that no config names are left out", stacklevel=3)
+    if not rows:
+        raise DataError(f"{folder}/image has no frame of a video that {folder}/config names")
+    return Manifest(pd.DataFrame(rows), folder)
+
+
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
@@ -377,5 +441,11 @@ LAYOUTS = (
         "frame/<set>/... and txt/<set>_{real,fake}_{train,test,shot}.txt",
         _has_bundle,
         _read_bundle,
+    ),
+    Layout(
+        "FaceForensics++ frames with masks",
+        "image/{real,FF-DF,FF-F2F,FF-FS,FF-NT}/<video>/<frame>.png, mask/FF-*/... and config/{train,eval,test}.json",
+        _has_frames_with_masks,
+        _read_frames_with_masks,
     ),
 )

@@ -38,7 +38,8 @@ COLUMNS: Mapping[str, str] = {
     "frame": "frame index in the video; 0 for photos",
 }
 
-#: Columns that may be there: `parse` (file of the parsing labels), `origin` (raw file), and lists per image.
+#: Columns that may be there: `parse` (file of the parsing labels), `mask` (file of a forgery's mask), `origin` (raw
+#: file), and lists per image.
 GRID_PREFIX = "grid_p"
 SPLITS = ("train", "val", "test")
 _TEXT = ("path", "split", "dataset", "method", "video", "subject")
@@ -146,7 +147,7 @@ class Manifest:
         for manifest in manifests:
             table = manifest.table
             if manifest.root != root:
-                files = {name: manifest.paths(name) for name in ("path", "parse") if name in table}
+                files = {name: manifest.paths(name) for name in ("path", "parse", "mask") if name in table}
                 table = table.assign(**files)
             parts.append(pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata())
         for name in {name for part in parts for name in part.column_names if name.startswith(GRID_PREFIX)}:

@@ -1,9 +1,10 @@
-"""Forgeries made from real faces alone: self-blended images and landmark-based face swaps.
+"""Forgeries made from real faces alone: self-blends of any strength and landmark-based face swaps.
 
-Both exist twice in the life of a detector: as a training augmentation that shows blending traces instead of one
-generator's fingerprint (self-blended images: Shiohara and Yamasaki, CVPR 2022), and, made strong, as the forged class
-of the demo. How far they go is a :class:`Strength`, everything random comes from one `numpy.random.Generator`, and
-lengths are fractions of the picture's shorter side, so that a crop of any size is treated alike.
+They are the forged class of the demo, made strong. As a training augmentation that shows blending traces instead of
+one generator's fingerprint, self-blended images are in :mod:`fsvfm.faces.self_blending`, as published.
+
+How far a forgery goes is a :class:`Strength`, everything random comes from one `numpy.random.Generator`, and lengths
+are fractions of the picture's shorter side, so that a crop of any size is treated alike.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Strength:
     parts: tuple[str, ...]
 
 
-#: The values of the self-blended-images paper (sec. 3.2 and its supplement): a training augmentation.
+#: Hardly visible: of the size that the self-blended-images paper has (the paper's own way: `faces.self_blending`).
 SUBTLE = Strength(
     colour_chance=0.3,
     frequency_chance=1.0,
@@ -161,7 +162,7 @@ def self_blend(
     rng: np.random.Generator,
     strength: float | str | Strength = "subtle",
 ) -> Forgery:
-    """Blend a face with a changed version of itself (self-blended images, sec. 3.2).
+    """Blend a face with a changed version of itself, in the manner of self-blended images (CVPR 2022, sec. 3.2).
 
     The copy gets other colours and another sharpness, is moved and scaled a little, and is pasted back through a mask
     over a random part of the face, whose outline is deformed and softened. The paper changes the copy or the picture
@@ -178,7 +179,7 @@ def self_blend(
         DataError: not such an image or landmarks, or a face outside the picture.
     """
     strength = as_strength(strength)
-    _check(image, landmarks, "image")
+    check_face(image, landmarks, "image")
     height, width = image.shape[:2]
     mask = _soften(face_mask(landmarks, height, width, str(rng.choice(strength.parts))), rng, strength)
     copy = _change_frequency(_change_colour(image, rng, strength), rng, strength)
@@ -213,8 +214,8 @@ def face_swap(
         DataError: not such images or landmarks, or a face outside its picture.
     """
     strength = as_strength(strength)
-    _check(target, target_landmarks, "target")
-    _check(source, source_landmarks, "source")
+    check_face(target, target_landmarks, "target")
+    check_face(source, source_landmarks, "source")
     height, width = target.shape[:2]
     if rng.random() < 0.5:
         face = _warp_piecewise(source, source_landmarks, target_landmarks, height, width)
@@ -223,9 +224,9 @@ def face_swap(
         matrix = similarity(source_landmarks[_INNER], target_landmarks[_INNER])
         face = cv2.warpAffine(source, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
         region = face_mask(target_landmarks, height, width, "inner")
-    face = _take_colours(face, target, region > 0, float(rng.uniform(*strength.recolour)))
+    face = take_colours(face, target, region > 0, float(rng.uniform(*strength.recolour)))
     face = _change_frequency(face, rng, strength)
-    cloned = _poisson(face, target, region)
+    cloned = poisson(face, target, region)
     return _paste(target, face if cloned is None else cloned, _soften(region, rng, strength))
 
 
@@ -265,7 +266,8 @@ def face_mask(landmarks: np.ndarray, height: int, width: int, part: str = "hull"
     return mask
 
 
-def _check(image: np.ndarray, landmarks: np.ndarray, name: str) -> None:
+def check_face(image: np.ndarray, landmarks: np.ndarray, name: str) -> None:
+    """Raise DataError unless these are a picture (H, W, 3) uint8 and its 68 landmarks (68, 2)."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"{name} must be (H, W, 3) uint8 RGB, got {image.dtype} {image.shape}")
     if np.shape(landmarks) != (68, 2) or not np.isfinite(landmarks).all():
@@ -278,14 +280,15 @@ def _signed(rng: np.random.Generator, bounds: Range, size: int | None = None) ->
     return rng.uniform(*bounds, size) * rng.choice([-1.0, 1.0], size)
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """Rounded and clipped to 0–255, as uint8."""
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 def _paste(target: np.ndarray, face: np.ndarray, mask: np.ndarray) -> Forgery:
     background = target.astype(np.float32)
     mixed = background + mask[..., None] * (face.astype(np.float32) - background)
-    return Forgery(_to_bytes(mixed), mask)
+    return Forgery(to_bytes(mixed), mask)
 
 
 def _change_colour(image: np.ndarray, rng: np.random.Generator, strength: Strength) -> np.ndarray:
@@ -293,7 +296,7 @@ def _change_colour(image: np.ndarray, rng: np.random.Generator, strength: Streng
     if rng.random() < strength.colour_chance:
         values += _signed(rng, strength.rgb, 3)
     if rng.random() < strength.colour_chance:
-        hsv = cv2.cvtColor(_to_bytes(values), cv2.COLOR_RGB2HSV).astype(np.float32)
+        hsv = cv2.cvtColor(to_bytes(values), cv2.COLOR_RGB2HSV).astype(np.float32)
         hsv[..., 0] = (hsv[..., 0] + _signed(rng, strength.hue) / 2) % 180  # OpenCV counts hue in steps of 2°
         hsv[..., 1:] = np.clip(hsv[..., 1:] + _signed(rng, strength.saturation, 2), 0, 255)
         values = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB).astype(np.float32)
@@ -301,7 +304,7 @@ def _change_colour(image: np.ndarray, rng: np.random.Generator, strength: Streng
         mean = values.mean()
         values = (values - mean) * (1 + _signed(rng, strength.contrast)) + mean
         values += 255 * _signed(rng, strength.brightness)
-    return _to_bytes(values)
+    return to_bytes(values)
 
 
 def _change_frequency(image: np.ndarray, rng: np.random.Generator, strength: Strength) -> np.ndarray:
@@ -317,7 +320,7 @@ def _change_frequency(image: np.ndarray, rng: np.random.Generator, strength: Str
     if kind == "blur":
         return _blur(image, rng.uniform(*strength.blur) * min(height, width))
     detail = image.astype(np.float32) - _blur(image, 1.0)
-    return _to_bytes(image + 4 * rng.uniform(*strength.sharpen) * detail)
+    return to_bytes(image + 4 * rng.uniform(*strength.sharpen) * detail)
 
 
 def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -372,7 +375,7 @@ def _warp_piecewise(
     return cv2.remap(source, places[..., 0], places[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
 
-def _take_colours(face: np.ndarray, target: np.ndarray, where: np.ndarray, amount: float) -> np.ndarray:
+def take_colours(face: np.ndarray, target: np.ndarray, where: np.ndarray, amount: float) -> np.ndarray:
     """Give `face` the Lab mean and spread of `target` inside `where` (Reinhard et al. 2001), to the degree `amount`."""
     lab = cv2.cvtColor(face.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     wanted = cv2.cvtColor(target.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[where]
@@ -381,10 +384,10 @@ def _take_colours(face: np.ndarray, target: np.ndarray, where: np.ndarray, amoun
     gain = np.clip(wanted.std(axis=0) / np.maximum(have.std(axis=0), 1e-3), 0.5, 2.0)
     moved = (lab - have.mean(axis=0)) * gain + wanted.mean(axis=0)
     mixed = (lab + amount * (moved - lab)).astype(np.float32)
-    return _to_bytes(255 * cv2.cvtColor(mixed, cv2.COLOR_LAB2RGB))
+    return to_bytes(255 * cv2.cvtColor(mixed, cv2.COLOR_LAB2RGB))
 
 
-def _poisson(face: np.ndarray, target: np.ndarray, region: np.ndarray) -> np.ndarray | None:
+def poisson(face: np.ndarray, target: np.ndarray, region: np.ndarray) -> np.ndarray | None:
     """Gradient-domain cloning (Pérez et al. 2003) of `face` into `target`; None where OpenCV cannot do it."""
     pad = 8  # seamlessClone needs a rim of known pixels around the region
     wide_face, wide_target = (

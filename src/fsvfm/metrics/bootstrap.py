@@ -7,7 +7,8 @@ was drawn as a weight; metrics then work on weights, all replicates at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,14 +44,19 @@ def cluster_weights(
     rows = max(1, _CHUNK // len(labels))
     for start in range(0, replicates, rows):
         count = min(rows, replicates - start)
-        weights = np.zeros((count, len(ids)))
-        for members in strata:
-            size = len(members)
-            if size == 0:
-                continue
-            drawn = rng.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
-            weights[:, members] = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
-        yield weights[:, cluster]
+        yield _draw(strata, count, rng)[:, cluster]
+
+
+def _draw(strata: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each cluster is drawn, (count, clusters), each stratum as many times as it has clusters."""
+    weights = np.zeros((count, sum(map(len, strata))))
+    for members in strata:
+        size = len(members)
+        if size == 0:
+            continue
+        drawn = rng.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
+        weights[:, members] = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
+    return weights
 
 
 def bootstrap(
@@ -94,3 +100,73 @@ def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.nda
         raise MetricError(f"an interval's level lies strictly between 0 and 1 (0.95 for 95 %), got {level}")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
+
+
+class TestSamples(NamedTuple):
+    """One test set as several detectors see it.
+
+    Attributes:
+        labels: (N,) 0 real, 1 fake.
+        groups: (N,) cluster ids; the same id in two test sets is the same video or person.
+        scores: name of a detector → (N,) its scores. Test sets need not have the same detectors.
+    """
+
+    labels: np.ndarray
+    groups: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+TestSamples.__test__ = False  # type: ignore[attr-defined]  # not a pytest class
+
+
+def paired_bootstrap(
+    metric: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    testsets: Sequence[TestSamples],
+    *,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> list[dict[str, np.ndarray]]:
+    """A metric of several detectors on the same cluster-bootstrap replicates of several test sets.
+
+    In a replicate every detector meets the same draw, so that the differences between them vary less than each of
+    them; a video or person that is in several test sets is drawn equally often in all of them. Clusters are stratified
+    by the test sets and classes that they are in, so no replicate lacks a class anywhere.
+
+    Args:
+        metric: maps scores (N,), labels (N,) and weights (r, N) to (r,) values.
+        testsets: what is drawn from.
+        replicates: R ≥ 1.
+        seed: the same seed and data give the same replicates.
+
+    Returns:
+        For each test set: name of a detector → (R,) values.
+
+    Raises:
+        MetricError: no replicate was asked for.
+    """
+    if replicates < 1:
+        raise MetricError(f"a bootstrap needs at least 1 replicate, got {replicates}")
+    if not testsets:
+        return []
+    ids, clusters = np.unique(np.concatenate([t.groups for t in testsets]), return_inverse=True)
+    owners = np.split(clusters, np.cumsum([len(t.groups) for t in testsets])[:-1])
+    places = np.zeros((len(ids), 2 * len(testsets)), dtype=bool)
+    for number, (part, owner) in enumerate(zip(testsets, owners, strict=True)):
+        places[owner, 2 * number + part.labels] = True
+    _, kind = np.unique(places, axis=0, return_inverse=True)
+    strata = [np.flatnonzero(kind == value) for value in range(kind.max() + 1)]
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // max(len(t.labels) for t in testsets))
+    found: list[dict[str, list[np.ndarray]]] = [{name: [] for name in part.scores} for part in testsets]
+    for start in range(0, replicates, rows):
+        weights = _draw(strata, min(rows, replicates - start), rng)
+        for part, owner, values in zip(testsets, owners, found, strict=True):
+            for name, scores in part.scores.items():
+                values[name].append(metric(scores, part.labels, weights[:, owner]))
+    return [{name: np.concatenate(pieces) for name, pieces in values.items()} for values in found]
+
+
+def difference_p(differences: np.ndarray) -> float:
+    """Two-sided p of "no difference" from (R,) bootstrap differences: twice the smaller tail at zero, ≥ 2 / (R + 1)."""
+    tail = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    return min(1.0, 2 * (1 + tail) / (1 + len(differences)))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fsvfm.errors import ConfigError
+from fsvfm.models import timm_backbone
 from fsvfm.models.heads import AdapterHead, DetectorOutput, FASHead, LinearHead
 from fsvfm.models.lora import add_lora, is_lora_dropout
 from fsvfm.models.vit import ViTConfig, create_backbone
@@ -77,8 +80,9 @@ class Detector(nn.Module):
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) normalised images → pooled feature after fc_norm (B, dim), tokens (B, 1 + L, dim) before it."""
-        tokens = self.backbone.forward_features(images)
-        return self.backbone.forward_head(tokens, pre_logits=True), tokens
+        backbone = cast(Any, self.backbone)  # timm's two methods
+        tokens = backbone.forward_features(images)
+        return backbone.forward_head(tokens, pre_logits=True), tokens
 
     def forward(self, images: Tensor) -> DetectorOutput:
         """(B, 3, H, W) images, normalised with the pre-training set's mean and std → logits (B, 2) and projection."""
@@ -124,6 +128,7 @@ def build_detector(
         raise ConfigError(f"task={task!r} has no head; choose one of {', '.join(TASKS)}")
     if quirk and task != "antispoof":
         raise ConfigError("the token-norm quirk exists for task=antispoof only; turn it off")
+    keep_drop_path = bool(tune.get("frozen_drop_path", False))
     family = "vit" if isinstance(model, ViTConfig) else str(model.get("family", "vit"))
     if family != "vit":
         if task != "forgery" or name == "lora" or family not in FAMILIES:
@@ -132,7 +137,7 @@ def build_detector(
                 f"{', '.join(FAMILIES)} with task=forgery and another tune than lora"
             )
         other, classifier = import_module(FAMILIES[family]).build(model, tune)
-        return Detector(other, classifier, class_order, frozen=name != "full")
+        return Detector(other, classifier, class_order, frozen=name != "full", frozen_drop_path=keep_drop_path)
     config = model if isinstance(model, ViTConfig) else ViTConfig.from_mapping(model)
     backbone = create_backbone(
         config,
@@ -148,7 +153,6 @@ def build_detector(
         head = AdapterHead(config.dim, reduction=reduction)
     else:
         head = LinearHead(config.dim)
-    keep_drop_path = bool(tune.get("frozen_drop_path", False))
     detector = Detector(backbone, head, class_order, frozen=name != "full", frozen_drop_path=keep_drop_path)
     if name == "lora" and not tune.get("merged", False):
         if not tune.get("lora"):
@@ -156,6 +160,49 @@ def build_detector(
         add_lora(backbone, **tune["lora"])
         detector.train(detector.training)
     return detector
+
+
+def build_backbone(model: Mapping[str, Any], *, pool: str = "avg") -> nn.Module:
+    """The bare backbone of a model table, untrained: (B, 3, S, S) normalised images → features (B, dim).
+
+    Args:
+        model: as for :func:`build_detector`, of family vit or timm.
+        pool: of a plain ViT, ``avg`` or ``cls``; timm's other networks have their own.
+
+    Raises:
+        ConfigError: another family, whose networks have no single backbone, or an impossible table.
+    """
+    family = str(model.get("family", "vit"))
+    if family == "vit":
+        return create_backbone(ViTConfig.from_mapping(model), pool=pool)
+    if family == "timm":
+        return timm_backbone.create(model)
+    raise ConfigError(
+        f"a network of model.family={family} has no single backbone, only detectors; expected vit or timm"
+    )
+
+
+def cost(detector: Detector, image_size: int) -> dict[str, float]:
+    """Size and computation of a detector, counted, not measured.
+
+    Args:
+        detector: in evaluation mode.
+        image_size: side of its input in pixels.
+
+    Returns:
+        ``parameters``: all of them; ``trained``: those that its tuning changes, without low-rank updates that are
+        merged into the weights; ``gflops``: 10⁹ floating-point operations of one forward pass for one image, a
+        multiplication with an addition counting as two, in convolutions and matrix products, which is nearly all.
+    """
+    parameters = list(detector.parameters())
+    image = torch.zeros(1, 3, image_size, image_size, device=parameters[0].device)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        detector(image)
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "trained": detector.trainable_parameters(),
+        "gflops": counter.get_total_flops() / 1e9,
+    }
 
 
 def check_class_order(class_order: Sequence[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from fsvfm.models.vit import (
     require_heads,
     require_positive,
     sincos_pos_embed,
+    take,
 )
 
 
@@ -116,27 +117,30 @@ class OnlineOutput(NamedTuple):
     """What one forward pass of the online network gives.
 
     Attributes:
-        prediction: (B, L, p²·3) predicted pixels of every patch; None where not asked for.
+        prediction: (B, L, p²·3) predicted pixels of every patch, or (B, budget, p²·3) of the `hidden` ones; None where
+            not asked for.
         feature: (B, out) float32 identity feature, L2-normalised; None where not asked for.
         tokens: (B, 1 + K, dim) encoder output for CLS and the K visible patches.
         representation: (B, 1 + L, dim) output of the representation decoder; None where `feature` is.
+        hidden: (B, budget) int64 ids of the masked patches, ascending.
     """
 
     prediction: Tensor | None
     feature: Tensor | None
     tokens: Tensor
     representation: Tensor | None
+    hidden: Tensor
 
 
-def visible_ids(masked: Tensor, budget: int) -> Tensor:
-    """Ids of the visible patches, ascending.
+def split_ids(masked: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    """Ids of the visible and of the masked patches, each ascending.
 
     Args:
         masked: (B, L) bool, exactly `budget` true per row (not checked: that would wait for the GPU).
         budget: masked patches per image, 0 < budget < L.
 
     Returns:
-        (B, L - budget) int64.
+        (B, L - budget) and (B, budget) int64.
 
     Raises:
         MaskingError: `masked` is not two-dimensional, or the budget is out of range.
@@ -145,7 +149,13 @@ def visible_ids(masked: Tensor, budget: int) -> Tensor:
         raise MaskingError(
             f"mask of shape {tuple(masked.shape)} with a budget of {budget}; expected (B, L) and 0 < budget < L."
         )
-    return masked.to(torch.uint8).argsort(dim=1, stable=True)[:, : masked.shape[1] - budget]
+    order = masked.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, :-budget], order[:, -budget:]
+
+
+def visible_ids(masked: Tensor, budget: int) -> Tensor:
+    """The visible half of :func:`split_ids`: (B, L - budget) int64."""
+    return split_ids(masked, budget)[0]
 
 
 def insert_mask_tokens(tokens: Tensor, mask_token: Tensor, keep: Tensor, num_patches: int) -> Tensor:
@@ -222,22 +232,25 @@ class PixelDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
         self.pred = nn.Linear(config.dim, vit.patch_size**2 * 3)
 
-    def forward(self, tokens: Tensor, mask_token: Tensor, keep: Tensor) -> Tensor:
-        """Predict the pixels of every patch.
+    def forward(self, tokens: Tensor, mask_token: Tensor, keep: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Predict the pixels of every patch, or of some.
 
         Args:
             tokens: (B, 1 + K, dim) encoder output (not the representation decoder's).
             mask_token: (1, 1, dim).
             keep: (B, K) ids of the visible patches.
+            wanted: (B, N) int64 ids of the patches to predict, or None for all L.
 
         Returns:
-            (B, L, p²·3), ordered as `patchify` orders them.
+            (B, L or N, p²·3), ordered as `patchify` orders the pixels of a patch.
         """
         tokens = insert_mask_tokens(tokens, mask_token, keep, self.pos_embed.shape[1] - 1)
         tokens = self.embed(tokens) + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens)
-        return self.pred(self.norm(tokens))[:, 1:]
+        if wanted is None:
+            return self.pred(self.norm(tokens))[:, 1:]
+        return self.pred(self.norm(take(tokens, 1 + wanted)))  # behind CLS
 
 
 class TargetNetwork(nn.Module):
@@ -285,6 +298,7 @@ class OnlineNetwork(TargetNetwork):
         budget: int | None = None,
         pixels: bool = True,
         instance: bool = True,
+        whole: bool = True,
     ) -> OnlineOutput:
         """Encode the visible patches, reconstruct the pixels and compute the identity feature.
 
@@ -294,9 +308,10 @@ class OnlineNetwork(TargetNetwork):
             budget: that number. With None it is read from `masked`, which waits for the device and checks every row.
             pixels: run the pixel decoder; False for instance discrimination only.
             instance: run representation decoder, projector and predictor; False for masked image modelling only.
+            whole: predict the pixels of all patches; False: of the masked ones, which is all that the loss looks at.
 
         Returns:
-            OnlineOutput(prediction, feature, tokens, representation).
+            OnlineOutput(prediction, feature, tokens, representation, hidden).
 
         Raises:
             MaskingError: the mask has another shape, or rows with different numbers of masked patches.
@@ -307,7 +322,7 @@ class OnlineNetwork(TargetNetwork):
             raise MaskingError(f"mask of shape {tuple(masked.shape)}; expected (B, L) = {expected} for these images.")
         if budget is None:
             budget = _common_budget(masked)
-        keep = visible_ids(masked, budget)
+        keep, hidden = split_ids(masked, budget)
         tokens = self.encoder(images, keep)
         prediction = feature = representation = None
         if instance:
@@ -316,8 +331,8 @@ class OnlineNetwork(TargetNetwork):
             feature = self.predictor(self.projector(representation.mean(dim=1)))
             feature = F.normalize(feature.float(), dim=-1)
         if pixels:
-            prediction = self.pixel_decoder(tokens, self.mask_token, keep)
-        return OnlineOutput(prediction, feature, tokens, representation)
+            prediction = self.pixel_decoder(tokens, self.mask_token, keep, None if whole else hidden)
+        return OnlineOutput(prediction, feature, tokens, representation, hidden)
 
 
 def _common_budget(masked: Tensor) -> int:

@@ -195,6 +195,11 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return cells.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, grid * patch_size, grid * patch_size)
 
 
+def take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Tokens by their place in the sequence: (B, N, d) and (B, K) int64 to (B, K, d)."""
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
 def make_blocks(dim: int, depth: int, heads: int) -> nn.ModuleList:
     """Build pre-norm transformer blocks: qkv bias, MLP ratio 4, LayerNorm epsilon 1e-6, fused attention."""
     norm = partial(nn.LayerNorm, eps=NORM_EPS)
@@ -262,7 +267,7 @@ class ViTEncoder(nn.Module):
         # Positions are added before patches are dropped, so that a visible patch knows where it is.
         patches = self.patch_embed(images) + self.pos_embed[:, 1:]
         if keep is not None:
-            patches = patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))
+            patches = take(patches, keep)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         tokens = torch.cat([cls_token.to(patches.dtype), patches], dim=1)
         for block in self.blocks:

@@ -23,6 +23,7 @@ from fsvfm.data.transforms import normalise
 from fsvfm.errors import ConfigError
 from fsvfm.optim import build_adamw, scale_lr
 from fsvfm.schedule import warmup_cosine
+from fsvfm.strategies import shard
 
 #: What the ``optim`` group may choose. Adam takes the weight decay as part of the gradient, AdamW does not.
 OPTIM_CHOICES = {"optimizer": ("adamw", "adam"), "schedule": ("warmup_cosine", "constant")}
@@ -86,6 +87,13 @@ class BaseTask(pl.LightningModule):
 
     # --- optimisation -----------------------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Share every network among the processes, where the strategy is FSDP."""
+        if self.device_mesh is not None:
+            for network in self.children():
+                if next(network.parameters(), None) is not None:
+                    shard(network, self.device_mesh["data_parallel"])
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups with ``weight_decay`` and, optionally, ``lr_scale``."""
         raise NotImplementedError
@@ -120,14 +128,17 @@ class BaseTask(pl.LightningModule):
         if optim["schedule"] == "constant":
             return lambda step: 1.0
         total_steps = int(self.trainer.estimated_stepping_batches)
+        self.trainer.fit_loop.setup_data()  # not done yet where max_steps alone ends the run
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         epochs = total_steps / steps_per_epoch
+        warmup_steps = optim.get("warmup_steps")  # runs made before there was this key do not have it
+        warmup_epochs = optim["warmup_epochs"] if warmup_steps is None else warmup_steps / steps_per_epoch
 
         def factor(step: int) -> float:
             epoch = step / steps_per_epoch
             lr = warmup_cosine(
                 epoch,
-                warmup_epochs=min(optim["warmup_epochs"], epochs),
+                warmup_epochs=min(warmup_epochs, epochs),
                 epochs=epochs,
                 peak=peak,
                 minimum=min(optim["min_lr"], peak),
@@ -138,13 +149,14 @@ class BaseTask(pl.LightningModule):
 
     # --- non-finite steps -------------------------------------------------------------------------------------------
 
-    def observe(self, loss: Tensor) -> Tensor:
-        """Note whether a micro-batch's loss is finite on every process; returns that as a float flag on the device."""
-        finite = torch.isfinite(loss.detach()).float()
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
-        self.window_finite.mul_(finite)
-        return finite
+    def observe(self, loss: Tensor) -> None:
+        """Note whether a micro-batch's loss is finite; the processes tell each other once per optimisation step."""
+        self.window_finite.mul_(torch.isfinite(loss.detach()).float())
+
+    def log_loss(self, loss: Tensor, size: int) -> None:
+        """``train/loss_step`` of this process's micro-batch, and ``train/loss_epoch`` over all processes."""
+        self.log("train/loss_step", loss.detach(), batch_size=size)
+        self.log("train/loss_epoch", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
 
     def configure_gradient_clipping(
         self,
@@ -160,6 +172,8 @@ class BaseTask(pl.LightningModule):
         limit = gradient_clip_val or math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self.window_finite, op=torch.distributed.ReduceOp.MIN)
         taken = torch.isfinite(norm).float() * self.window_finite
         cast(Any, optimizer).found_inf = 1.0 - taken
         self.step_taken.copy_(taken)

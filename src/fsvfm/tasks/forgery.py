@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC
@@ -16,6 +15,7 @@ from torchmetrics.classification import BinaryAUROC
 from fsvfm.checkpoint import Checkpoint, load_backbone
 from fsvfm.errors import ConfigError
 from fsvfm.losses import real_anchor_contrastive
+from fsvfm.models import timm_backbone
 from fsvfm.models.detector import build_detector, class_targets, fake_probability
 from fsvfm.optim import layer_decay_groups, weight_decay_groups
 from fsvfm.tasks.base import BaseTask
@@ -103,10 +103,10 @@ class ForgeryTask(BaseTask):
         Raises:
             CheckpointError: another architecture, or keys that nobody can explain.
         """
-        backbone = self.detector.backbone
-        if isinstance(backbone, VisionTransformer):
-            return str(load_backbone(backbone, checkpoint))
-        return str(cast(Any, backbone).initialise(checkpoint))
+        backbone: Any = self.detector.backbone
+        if hasattr(backbone, "initialise"):  # of several networks, which know themselves what a checkpoint is for
+            return str(backbone.initialise(checkpoint))
+        return str(load_backbone(backbone, checkpoint))
 
     def compute(self, images: Tensor, labels: Tensor, *, augment: bool) -> ForgeryResult:
         """Classification loss, plus the weighted contrastive loss under FS-Adapter; no trainer needed.
@@ -148,7 +148,7 @@ class ForgeryTask(BaseTask):
         """One micro-batch."""
         result = self.compute(batch["image"], batch["label"], augment=True)
         self.observe(result.loss)
-        self.log("train/loss", result.loss, on_step=True, on_epoch=True, batch_size=len(batch["image"]))
+        self.log_loss(result.loss, len(batch["image"]))
         for name, value in result.parts.items():
             self.log(f"train/loss_{name}", value.detach(), on_step=True)
         return result.loss
@@ -162,8 +162,10 @@ class ForgeryTask(BaseTask):
         self.log("val/auc", self.val_auc, on_epoch=True, batch_size=size)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Layer-wise decay for full fine-tuning; otherwise the trainable parameters with one learning rate."""
+        """Layer-wise decay for full fine-tuning, unless it is null; otherwise one learning rate for all parameters."""
         weight_decay = self.optim["weight_decay"]
-        if self.tune["name"] == "full":
-            return layer_decay_groups(self.detector, weight_decay, self.optim["layer_decay"])
+        if self.tune["name"] == "full" and self.optim["layer_decay"] is not None:
+            backbone = self.detector.backbone
+            layers = timm_backbone.layers(backbone) if timm_backbone.architecture(backbone) else None
+            return layer_decay_groups(self.detector, weight_decay, self.optim["layer_decay"], layers=layers)
         return weight_decay_groups(self.detector, weight_decay)

@@ -10,9 +10,10 @@ from torch import Tensor
 from fsvfm.checkpoint import Checkpoint
 from fsvfm.errors import ConfigError
 from fsvfm.loading import load_into
-from fsvfm.losses import SIMILARITY, patch_targets, reconstruction_loss
+from fsvfm.losses import SIMILARITY, masked_mean, patch_errors, patch_targets
 from fsvfm.masking import COVERING, Masker, Masks, mask_budget
 from fsvfm.models.pretrain_net import OnlineOutput, build_networks, copy_to_target
+from fsvfm.models.vit import take
 from fsvfm.optim import weight_decay_groups
 from fsvfm.tasks.base import BaseTask
 
@@ -67,7 +68,6 @@ class PretrainTask(BaseTask):
         self.masker = Masker(**masking)
         patches = (model["image_size"] // model["patch_size"]) ** 2
         self.budget = mask_budget(patches, masking["ratio"])
-        self.micro_finite = torch.ones(())
         # A part that no loss reaches would make DistributedDataParallel wait for its gradients for ever.
         self.online.pixel_decoder.requires_grad_(self.reconstructs)
         for part in (self.online.representation_decoder, self.online.projector, self.online.predictor):
@@ -105,32 +105,38 @@ class PretrainTask(BaseTask):
         """Whether the target network is used (instance discrimination)."""
         return bool(self.loss_options["similarity"])
 
-    def compute(self, images: Tensor, grid: Tensor, *, generator: torch.Generator | None = None) -> PretrainResult:
+    def compute(
+        self, images: Tensor, grid: Tensor, *, generator: torch.Generator | None = None, whole: bool = False
+    ) -> PretrainResult:
         """Mask, predict and compare; no trainer needed.
 
         Args:
             images: (B, 3, S, S) uint8 pixels or normalised float.
             grid: (B, L) uint8 region bits per patch.
             generator: source of the masks, on the images' device.
+            whole: predict visible patches too, for pictures; the losses look at masked ones only and stay the same.
         """
         if images.dtype == torch.uint8:
             images = self.normalise(images)
         options = self.loss_options
         masks = self.masker(grid, generator=generator)
+        # First, so that its working memory is free again when the online network's activations are kept for backward.
+        target_feature = self.target(images) if self.discriminates else None
         output = self.online(
-            images, masks.masked, budget=self.budget, pixels=self.reconstructs, instance=self.discriminates
+            images, masks.masked, budget=self.budget, pixels=self.reconstructs, instance=self.discriminates, whole=whole
         )
         parts: dict[str, Tensor] = {}
         loss = images.new_zeros(())
         if self.reconstructs:
-            targets = patch_targets(images, self.online.encoder.config.patch_size, normalize=options["norm_pix"])
-            parts["reconstruction"] = reconstruction_loss(output.prediction, targets, masks.masked)
+            prediction = cast(Tensor, output.prediction)
+            prediction = take(prediction, output.hidden) if whole else prediction
+            patch_size = self.online.encoder.config.patch_size
+            targets = patch_targets(images, patch_size, options["norm_pix"], patches=output.hidden)
+            errors = patch_errors(prediction, targets)  # (B, budget)
+            parts["reconstruction"] = errors.mean()
             if self.masker.strategy in COVERING:
-                parts["region"] = reconstruction_loss(output.prediction, targets, masks.region)
-        target_feature = None
+                parts["region"] = masked_mean(errors, masks.region.gather(1, output.hidden))
         if self.discriminates:
-            with torch.no_grad():
-                target_feature = self.target(images)
             similarity = SIMILARITY[options["kind"]]
             parts["similarity"] = similarity(output.feature, target_feature, **options.get("options", {}))
         for name, value in parts.items():
@@ -140,8 +146,8 @@ class PretrainTask(BaseTask):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch."""
         result = self.compute(batch["image"], batch["grid"], generator=self.generator(batch_idx))
-        self.micro_finite = self.observe(result.loss)
-        self.log("train/loss", result.loss, on_step=True, on_epoch=True, batch_size=len(batch["image"]))
+        self.observe(result.loss)
+        self.log_loss(result.loss, len(batch["image"]))
         for name, value in result.parts.items():
             self.log(f"train/loss_{name}", value.detach(), on_step=True)
         if result.target_feature is not None:
