@@ -101,6 +101,18 @@ def prepared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_prepared(tmp_path_factory.mktemp("data") / "demo")
 
 
+@pytest.fixture(scope="session")
+def marked_dir(tmp_path_factory: pytest.TempPathFactory, prepared_dir: Path) -> Path:
+    """The same with 68 landmarks, on a spiral, of every real face."""
+    rows = Manifest.read(prepared_dir, extra=())
+    angles = np.linspace(0, 6 * np.pi, 68)
+    points = 32 + np.linspace(4, 22, 68)[:, None] * np.column_stack([np.cos(angles), np.sin(angles)])
+    marks = [points.astype(np.float32).ravel() if label == 0 else None for label in rows.table["label"]]
+    folder = tmp_path_factory.mktemp("marked")
+    Manifest(rows.table.assign(path=rows.paths(), landmarks=marks), folder).write()
+    return folder
+
+
 #: Videos per split and class of the generated anti-spoofing sets: (train real, train attack, test of each).
 ANTISPOOF_SETS = {"msu": (4, 6, 4), "casia": (5, 5, 3), "replay": (9, 4, 3), "oulu": (4, 4, 3), "celeb": (12, 15, 0)}
 

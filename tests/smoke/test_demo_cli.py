@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SMALL = ("data.batch_size=4", "trainer.max_epochs=2", "evaluate.replicates=50", "trainer.log_every_n_steps=1")
 
@@ -60,6 +62,7 @@ def test_pretraining_leaves_a_complete_run(demo: Folder) -> None:
     meta = json.loads((run / "export" / "model.json").read_text())
     assert (meta["kind"], meta["model"]["name"]) == ("pretrain", "vit_tiny")
     assert all(0 < value < 1 for value in meta["mean"] + meta["std"])
+    assert meta["provenance"]["faces"] == {"detector": "dlib_hog", "scale": 1.3, "align": False}
     columns = set(pd.read_csv(run / "metrics.csv").columns)
     wanted = {
         "train/loss_step", "train/loss_reconstruction", "train/loss_region", "train/loss_similarity", "train/grad_norm",
@@ -142,9 +145,30 @@ def test_errors_are_one_message(demo: Folder) -> None:
     assert "model.depth: 4 → 2" in told
 
 
-def test_logged_to_tensorboard_and_wandb_offline(demo: Folder) -> None:
+def test_panels_are_shown_by_loggers(demo: Folder) -> None:
     demo.env["WANDB_MODE"] = "offline"
-    for logger in ("tensorboard", "wandb"):
-        demo.run("train", "experiment=demo_pretrain", *SMALL, f"name=with_{logger}", f"logger={logger}")
-    assert list(demo.path.glob("runs/with_tensorboard/tensorboard/events.out.*"))
-    assert list(demo.path.glob("runs/with_wandb/wandb/offline-run-*/*.wandb"))
+    demo.run("train", "experiment=demo_pretrain", *SMALL, "name=logged", "logger=[tensorboard,wandb]")
+    events = EventAccumulator(str(demo.path / "runs" / "logged" / "tensorboard"), size_guidance={"images": 0})
+    assert events.Reload().Tags()["images"] == ["panel"]
+    shown = list(demo.path.glob("runs/logged/wandb/offline-run-*/files/media/images/panel_*.png"))
+    drawn = list(demo.path.glob("runs/logged/panels/epoch_*.png"))
+    assert len(shown) == len(drawn) == len(events.Images("panel")) == 1
+    assert np.array_equal(*(np.asarray(Image.open(file).convert("RGB")) for file in (*shown, *drawn)))
+
+
+@pytest.mark.slow
+def test_rffr_trains_evaluates_and_predicts(demo: Folder, media_dir: Path) -> None:
+    demo.run("train", "experiment=demo_rffr_pretrain", *SMALL, "name=demo_rffr_pretrain")
+    told = demo.run("train", "experiment=demo_rffr", *SMALL, "name=demo_rffr")
+    assert "generator: used" in told
+    assert "demo_unseen" in told
+    assert (demo.path / "runs" / "demo_rffr" / "panels" / "residuals.png").is_file()
+    told = demo.run("evaluate", "experiment=demo_rffr", *SMALL, "ckpt=runs/demo_rffr/export", "evaluate.out=scores")
+    table = pd.read_parquet(demo.path / "scores" / "predictions.parquet")
+    assert table["score"].between(0, 1).all()
+    photo = sorted((media_dir / "photos").glob("*.jpg"))[0]
+    words = [sys.executable, "-m", "fsvfm.predict", "ckpt=runs/demo_rffr/export", f"input={photo}", "out=predicted"]
+    done = subprocess.run(words, cwd=demo.path, env=demo.env, capture_output=True, text=True)
+    assert done.returncode in (0, 10, 11), done.stdout + done.stderr
+    records = list((demo.path / "predicted").rglob("*.json*"))
+    assert records

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from fsvfm import build, zoo
+from fsvfm.annotated import read_comments
 from fsvfm.errors import ConfigError
+from fsvfm.models.detector import build_detector
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -23,10 +28,12 @@ Compose = Callable[..., DictConfig]
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_and_builds_small(
-    compose_config: Compose, prepared_dir: Path, antispoof_dir: Path, name: str
+    compose_config: Compose, prepared_dir: Path, antispoof_dir: Path, marked_dir: Path, name: str
 ) -> None:
     if name.startswith("fas"):
         data_set, batch = ["target=M", f"paths.data={antispoof_dir}", "data.batch_size=2"], 16
+    elif "sbi" in name:
+        data_set, batch = [f"data.manifests=[{marked_dir}]", "data.batch_size=4"], 4
     else:
         data_set, batch = [f"data.manifests=[{prepared_dir}]", "data.batch_size=4"], 4
         data_set += [] if "pretrain" in name else ["data.methods=null"]
@@ -35,7 +42,7 @@ def test_experiment_composes_and_builds_small(
         f"experiment={name}",
         *data_set,
         "data.workers=0",
-        "model=vit_tiny",
+        "model=sladd_tiny" if "sladd" in name else "model=vit_tiny",
         "model.image_size=64",
         "model.init=null",
         "trainer.accelerator=cpu",
@@ -71,21 +78,26 @@ def test_experiment_starts_from_a_checkpoint_of_its_size(compose_config: Compose
 )
 def test_options_of_a_group_have_the_same_keys(group: str) -> None:
     """Overriding one option by another never leaves a key undefined (tasks and loggers differ by nature)."""
-    options = {path.stem: OmegaConf.load(path) for path in (CONFIGS / group).glob("*.yaml")}
+    options: dict[str, Any] = {path.stem: OmegaConf.load(path) for path in (CONFIGS / group).glob("*.yaml")}
+    if group == "trainer":  # they extend the default one
+        extended = [set(values) for name, values in options.items() if name != "default"]
+        assert all(keys <= {"defaults", *options["default"]} for keys in extended)
+        options = {"default": options["default"]}
     keys = {name: tuple(sorted(set(map(str, values)) - {"defaults"})) for name, values in options.items()}
     if group == "protocol":  # a protocol may also set how to evaluate
-        keys = {name: tuple(set(found) - {"evaluate"}) for name, found in keys.items()}
+        keys = {name: tuple(set(found) - {"evaluate", "ckpt"}) for name, found in keys.items()}
         inner = {name: sorted(values.protocol) for name, values in options.items()}
         assert all(found == ["name", "published", "task"] for found in inner.values()), inner
-    if group == "model":  # alike within a family of networks
-        families = {name: values.family for name, values in options.items()}
-        keys = {name: found for name, found in keys.items() if families[name] == "vit"}
+    if group == "model":  # alike within a family of networks; the baselines that are plain ViTs extend one of ours
+        families = {name: values.family for name, values in options.items() if "defaults" not in values}
+        assert len({keys[name] for name, family in families.items() if family == "timm"}) == 1
+        keys = {name: found for name, found in keys.items() if families.get(name) == "vit"}
     if group not in ("task", "logger"):
         assert len(set(keys.values())) == 1, keys
     assert options
 
 
-@pytest.mark.parametrize("kind", ["PretrainData", "ForgeryData", "AntispoofData"])
+@pytest.mark.parametrize("kind", ["PretrainData", "ForgeryData", "AntispoofData", "SelfBlendedData"])
 def test_data_of_a_kind_have_the_same_keys(kind: str) -> None:
     """`data` and what a data module takes belong together."""
     options = {path.stem: OmegaConf.load(path) for path in (CONFIGS / "data").glob("*.yaml")}
@@ -93,11 +105,29 @@ def test_data_of_a_kind_have_the_same_keys(kind: str) -> None:
     assert len(set(keys.values())) == 1, keys
 
 
-@pytest.mark.parametrize("group", ["data", "testset", "protocol", "experiment", "tune", "model", "augment", "optim"])
+@pytest.mark.parametrize(
+    "group", ["data", "testset", "protocol", "experiment", "tune", "model", "augment", "optim", "sweep", "scale"]
+)
 def test_every_option_says_what_it_is(group: str) -> None:
     for path in sorted((CONFIGS / group).glob("*.yaml")):
         first = next(line for line in path.read_text("utf-8").splitlines() if not line.startswith("# @package"))
         assert first.startswith("# "), path.name
+
+
+#: Groups whose options set other groups' values: their first lines say where those are from.
+_SETTERS = ("experiment", "sweep", "scale")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_value_has_a_comment(path: Path) -> None:
+    """Beside it, above it, or at what it is part of; `_target_` says what it is by itself."""
+    found = read_comments(path.read_text("utf-8"))
+    assert found.header, "the first lines say what the file is"
+    if path.parent.name in _SETTERS:
+        return
+    for key in found.leaves:
+        if key[0] != "defaults" and key[-1] != "_target_":
+            assert any(key[:end] in found.by_key for end in range(1, len(key) + 1)), ".".join(key)
 
 
 # 02 §5: GPUs, batch per GPU, epochs, base lr, layer decay, weight decay, weight of the contrastive loss; and the start.
@@ -126,7 +156,8 @@ VALUES = (
 
 
 def test_every_detector_experiment_is_in_the_table() -> None:
-    assert set(RECIPES) == {name for name in EXPERIMENTS if name.startswith(("dfd", "diff"))}
+    baselines = {"dfd_baseline", "dfd_xception", "dfd_efficientnet_b4"}
+    assert set(RECIPES) | baselines == {name for name in EXPERIMENTS if name.startswith(("dfd", "diff"))}
     assert set(ANTISPOOF) == {name for name in EXPERIMENTS if name.startswith("fas")}
 
 
@@ -289,3 +320,85 @@ def test_a_run_folder_is_not_mixed_with_another_configuration(compose_config: Co
     with pytest.raises(ConfigError, match=r"model\.dim"):
         build.settle_folder(compose_config("train", *base, "model=vit_small"))
     build.settle_folder(compose_config("train", *base, "masking.ratio=0.5", "resume=never"))
+
+
+SWEEPS = sorted(
+    path.stem for path in (CONFIGS / "sweep").glob("*.yaml") if path.stem not in ("base", "pretraining", "detection")
+)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweep_composes_in_full_and_at_demo_scale(name: str) -> None:
+    """Its parameters exist and their values are taken; the reference is what the papers' recipe has."""
+    with initialize_config_module("fsvfm.configs", version_base="1.3"):
+        full = compose("train", [f"sweep={name}", "paths.run=/run", "name=x"], return_hydra_config=True)
+        assert full.hydra.mode.name == "MULTIRUN"
+        assert full.ablation.title
+        for key, value in (full.ablation.reference or {}).items():
+            assert OmegaConf.select(full, key) == value, key
+        parser = OverridesParser.create()
+        params = parser.parse_overrides([f"{key}={value}" for key, value in full.hydra.sweeper.params.items()])
+        assert params
+        points = []
+        for param in params:
+            assert param.is_sweep_override()
+            if param.is_discrete_sweep():
+                points.append(f"{param.get_key_element()}={list(param.sweep_string_iterator())[-1]}")
+        small = compose("train", [f"sweep={name}", "+scale=demo", *points, "paths.run=/run", "name=x"])
+    assert (small.trainer.accelerator, small.trainer.devices, small.protocol.name) == ("cpu", 1, "demo")
+    assert small.data.name in ("demo_faces", "demo_forgeries")
+    assert small.model.name == ("vit_large" if name == "model_scale" else "vit_tiny")
+    if "finetune" in full.run:
+        assert OmegaConf.select(full, "finetune.experiment") == "dfd_vitb"
+        assert full.trainer.devices * 16 == 64, "the detector's effective batch"
+        assert list(full.run) == ["fit", "finetune", "evaluate"]
+
+
+@pytest.mark.parametrize(("large", "demo"), [("pretrain_vitb", "demo_pretrain"), ("dfd_vitb", "demo_dfd")])
+def test_demo_scale_is_the_demo(compose_config: Compose, large: str, demo: str) -> None:
+    """Written once more in the scale, for every experiment; the same values but for the detector's shorter training."""
+    free = ["finetune", "protocol", "testsets", "ckpt", *(["augment"] if "pretrain" in demo else [])]
+    small, same = (
+        {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in free}  # type: ignore[union-attr]
+        for cfg in (
+            compose_config("train", f"experiment={large}", "+scale=demo"),
+            compose_config("train", f"experiment={demo}"),
+        )
+    )
+    if demo == "demo_dfd":
+        assert small["trainer"].pop("max_epochs") < same["trainer"].pop("max_epochs")
+    assert small == same
+
+
+BASELINES = [
+    "vit_base_imagenet", "vit_base_mae", "vit_base_dino", "vit_base_dinov2", "vit_base_dinov3", "vit_base_clip",
+    "xception", "efficientnet_b4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baselines_network_is_the_one_of_its_weights(compose_config: Compose, name: str) -> None:
+    model = compose_config("train", "experiment=dfd_baseline", f"model={name}").model
+    weights = str(model.init).removeprefix("timm:")
+    facts = timm.get_pretrained_cfg(weights)
+    assert (model.name, facts.architecture) == (name, weights.split(".")[0])
+    assert facts.tag == weights.split(".")[1]
+    if model.family == "timm":
+        assert model.architecture == facts.architecture
+        with torch.device("meta"):
+            build_detector(OmegaConf.to_container(model), {"name": "adapter", "reduction": 4}, ["real", "fake"])
+    else:
+        assert (model.dim, model.depth, model.heads) == (768, 12, 12)
+
+
+def test_weights_that_nobody_can_fetch_are_asked_for(compose_config: Compose) -> None:
+    cfg = compose_config("train", "experiment=dfd_baseline", "model=vit_base_farl", "trainer.accelerator=cpu")
+    with pytest.raises(ConfigError, match=r"model\.init has no value(.|\n)*FaRL"):
+        build.check(cfg)
+
+
+def test_mae_and_simsiam_are_our_losses_in_part(compose_config: Compose) -> None:
+    for name, loss, strategy in (("mae", (1, 0, 0), "random"), ("simsiam", (0, 0, 1), "crfr_p")):
+        cfg = compose_config("train", f"experiment=pretrain_vitb_{name}")
+        assert (cfg.task.loss.reconstruction, cfg.task.loss.region, cfg.task.loss.similarity) == loss
+        assert (cfg.masking.strategy, cfg.task.loss.kind, cfg.data.name) == (strategy, "simsiam", "vggface2")

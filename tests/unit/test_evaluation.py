@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from fsvfm import build
+from fsvfm import build, evaluation
 from fsvfm.checkpoint import save_export
 from fsvfm.data.manifest import Manifest
 from fsvfm.errors import CheckpointError, ConfigError, DataError
@@ -62,12 +62,89 @@ def test_every_row_is_scored_once_at_any_batch_size_and_share(detector: Path, pr
     assert list(whole["path"]) == manifest.paths()
     assert whole["score"].between(0, 1).all()
     assert whole["score"].std() > 1e-3
-    for batch_size, workers in ((1, 0), (7, 2)):
+    for batch_size, workers in ((1, 0), (7, 2), ("auto", 0)):
         again = predict_manifest(loaded, manifest, batch_size=batch_size, workers=workers, title="again")
         assert again is not None
         np.testing.assert_allclose(again["score"], whole["score"], atol=1e-6)
     shares = [list(Processes(rank, 3, CPU).share(len(manifest))) for rank in range(3)]
     assert sorted(row for share in shares for row in share) == list(range(len(manifest)))
+
+
+class Crowded(torch.nn.Module):
+    """A network on a device whose memory takes only so many images."""
+
+    def __init__(self, network: torch.nn.Module, room: int) -> None:
+        super().__init__()
+        self.network, self.room, self.class_order = network, room, network.class_order
+        self.tried: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.tried.append(len(images))
+        if len(images) > self.room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.network(images)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_evaluation_goes_on(detector: Path, prepared_dir: Path) -> None:
+    plain, manifest = load_detector_network(str(detector)), Manifest.read(prepared_dir)
+    options: dict = {"batch_size": 16, "workers": 0, "title": "x"}
+    expected = predict_manifest(plain, manifest, **options)
+    loaded = load_detector_network(str(detector))
+    loaded.network = crowded = Crowded(loaded.network, 5)
+    found = predict_manifest(loaded, manifest, **options)
+    assert found is not None
+    assert expected is not None
+    np.testing.assert_allclose(found["score"], expected["score"], atol=1e-6)
+    assert crowded.tried[:4] == [16, 8, 4, 4]
+    assert max(crowded.tried[3:]) == 4  # what does not fit is not tried again
+    assert sum(crowded.tried[2:]) == len(manifest)
+    loaded.network = Crowded(plain.network, 0)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        loaded.score(torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
+    assert plain.score(torch.zeros(0, 3, 64, 64, dtype=torch.uint8)).shape == (0,)
+
+
+def test_batch_sizes(detector: Path) -> None:
+    for room, largest in ((64, 64), (40, 16), (3, 1), (1, 1)):  # half of what just fits, where something did not
+        loaded = load_detector_network(str(detector))
+        loaded.network = Crowded(loaded.network, room)
+        assert loaded.largest_batch(64) == largest
+    assert loaded.batch_size(7) == 7
+    assert loaded.batch_size("auto") == evaluation.ON_CPU
+    for wrong in (0, -1, "many", None):
+        with pytest.raises(ConfigError, match=f"auto, or 1 or more, got {wrong}"):
+            loaded.batch_size(wrong)
+
+
+def test_half_precision_is_measured(
+    config: DictConfig, detector: Path, prepared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    with open_dict(config):
+        config.evaluate.precision = "bf16-mixed"
+    evaluate(config, {"mine": str(detector)}, tmp_path / "out")
+    half = pd.read_parquet(tmp_path / "out" / "predictions.parquet").query("testset == 'demo_seen'")
+    rows = build.testset_rows(config.testsets.demo_seen)
+    exact = predict_manifest(load_detector_network(str(detector)), rows, batch_size=9, workers=0, title="x")
+    assert exact is not None
+    largest = np.abs(half["score"].to_numpy() - exact["score"].to_numpy()).max()
+    assert 1e-5 < largest < 0.05
+    after, before = (100 * roc_auc_score(table["label"], table["score"]) for table in (half, exact))
+    made = json.loads((tmp_path / "out" / "results.json").read_text())["made"]
+    (note,) = [text for text in made["notes"] if text.startswith("mine on demo_seen")]
+    assert f"bf16-mixed; on {len(rows)} faces" in note
+    assert f"by {largest:.2g} at most" in note
+    assert f"AUC is {after:.2f} % instead of {before:.2f} % ({after - before:+.2f})" in note
+    assert made["precision"] == "bf16-mixed"
+    assert note in (tmp_path / "out" / "results.md").read_text()
+    # Large test sets: only so many faces; of one class they have no AUC.
+    monkeypatch.setattr(evaluation, "_CHECKED", 1)
+    evaluate(config, {"mine": str(detector)}, tmp_path / "few")
+    notes = json.loads((tmp_path / "few" / "results.json").read_text())["made"]["notes"]
+    assert any("on 1 faces" in text and "no AUC" in text for text in notes)
+    with pytest.raises(ConfigError, match="precision=16-true"):
+        load_detector_network(str(detector), precision="16-true")
 
 
 def test_a_swapped_class_order_gives_the_same_scores(tmp_path: Path, prepared_dir: Path) -> None:
@@ -125,6 +202,46 @@ def test_missing_and_unusable_sets_are_gaps_and_the_mean_is_not_taken_over_the_r
     mean = rows[(rows["testset"] == "mean") & (rows["metric"] == "auc")]
     assert len(mean)
     assert mean["value"].isna().all()
+
+
+def test_detectors_are_compared_by_size_cost_and_accuracy(config: DictConfig, detector: Path, tmp_path: Path) -> None:
+    """What was not trained yet is a gap that says how; sizes are counted once for each run."""
+    absent = tmp_path / "runs" / "demo_dfd_adapter" / "export"
+    chosen = {"mine": str(detector), "later": str(absent)}
+    with open_dict(config):
+        config.ckpt = chosen
+    assert build.checkpoints(config) == chosen
+    with pytest.raises(DataError, match=r"2 test set\(s\)(.|\n)*fsvfm\.train experiment=demo_dfd_adapter"):
+        evaluate(config, chosen, tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    network = load_detector_network(str(detector)).network
+    assert stored["made"]["costs"]["mine"]["parameters"] == sum(p.numel() for p in network.parameters())
+    assert list(stored["made"]["costs"]) == list(pd.read_csv(tmp_path / "out" / "costs.csv")["run"]) == ["mine"]
+    lines = (tmp_path / "out" / "results.md").read_text().split("## Comparison")[1].split("##")[0].splitlines()
+    head, mine, later = ([c.strip() for c in line.split("|")[1:-1]] for line in (lines[4], lines[6], lines[7]))
+    assert head[:4] == ["run", "parameters, M", "trained, M", "GFLOPs"]
+    assert head[4:] == ["AUC, demo_seen", "AUC, demo_unseen", "AUC, mean"]
+    value = stored["runs"]["mine"]["demo_seen"]["frame"]["metrics"]["auc"]["value"]
+    assert mine[4].startswith(f"{100 * value:.1f} [")
+    assert later == ["later", *["—"] * 6]
+    assert "parameters, M & trained, M" in (tmp_path / "out" / "results.tex").read_text()
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"mine": "{nowhere}/demo_dfd/export"},  # nothing to compare with
+        {"mine": "{detector}", "other": "{nowhere}/my_own/export"},  # nobody knows how that is made
+        {"mine": "{detector}", "other": "{nowhere}/demo_dfd/exports"},
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_an_error(
+    config: DictConfig, detector: Path, tmp_path: Path, chosen: dict[str, str]
+) -> None:
+    with open_dict(config):
+        config.ckpt = {n: path.format(detector=detector, nowhere=tmp_path / "none") for n, path in chosen.items()}
+    with pytest.raises(ConfigError, match="no checkpoint at"):
+        build.checkpoints(config)
 
 
 def test_methods_may_be_patterns(prepared_dir: Path) -> None:

@@ -18,7 +18,7 @@ from timm.utils import AttentionExtract
 from fsvfm.checkpoint import save_export
 from fsvfm.errors import CheckpointError, ConfigError, DataError
 from fsvfm.evaluation import LoadedDetector, load_detector_network
-from fsvfm.explain import TOLERANCE, Explanation, Reconstructor, explain, load_reconstructor, overlay
+from fsvfm.explain import TOLERANCE, Explanation, Reconstructor, explain, load_reconstructor, overlay, reconstruct
 from fsvfm.faces.crop import crop, square_crop
 from fsvfm.faces.detect import make_detector
 from fsvfm.faces.images import load_image
@@ -398,6 +398,17 @@ def test_the_error_of_a_network_that_predicts_nothing_is_known(tmp_path, detecto
     assert found.reconstructed is not None
     picture = found.reconstructed.reshape(GRID, PATCH, GRID, PATCH, 3)
     np.testing.assert_allclose(picture, np.broadcast_to(np.round(centre), cells.shape), atol=1)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_hidden_patches_are_predicted_and_the_others_stay(tmp_path: Path, face: np.ndarray, norm_pix: bool) -> None:
+    encoder = without_prediction(pretrained(tmp_path / "pretrained", norm_pix=norm_pix))
+    masked = torch.arange(GRID**2)[None] % 4 != 0
+    picture = reconstruct(encoder, face, masked).reshape(GRID, PATCH, GRID, PATCH, 3)
+    cells = face.reshape(GRID, PATCH, GRID, PATCH, 3).astype(np.float64)
+    centre = cells.mean(axis=(1, 3, 4), keepdims=True) if norm_pix else np.array(GREY)
+    hidden = masked.numpy().reshape(GRID, 1, GRID, 1, 1)
+    np.testing.assert_allclose(picture, np.where(hidden, np.round(centre), cells), atol=1)
 
 
 def test_every_patch_is_predicted_from_a_quarter_that_it_is_not_in(tmp_path, detector, face) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 import tracemalloc
 import warnings
+from collections.abc import Iterator
+from contextlib import closing
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +26,19 @@ from scipy.special import expit, logit
 from scipy.stats import trim_mean
 
 import miniatures
+from fsvfm import prediction
 from fsvfm.checkpoint import save_export
 from fsvfm.data.manifest import Manifest
 from fsvfm.errors import CheckpointError, ConfigError, DataError
 from fsvfm.evaluation import calibrate_export, load_detector_network, predict_manifest
+from fsvfm.faces.crop import crop as cut
+from fsvfm.faces.crop import square_crop
 from fsvfm.faces.detect import Box
 from fsvfm.faces.images import load_image
 from fsvfm.faces.video import frame_indices, read_frames, write_video
 from fsvfm.metrics.calibration import apply_temperature
-from fsvfm.prediction import AGGREGATES, Face, Prediction, Predictor, Threshold, load_detector
+from fsvfm.prediction import AGGREGATES, Face, Prediction, Predictor, Threshold, ahead, load_detector
+from fsvfm.provenance import faces
 from fsvfm.recipes.photos import FaceExtractor
 from json_schema import violations
 from tiny_detector import write_detector
@@ -179,13 +187,88 @@ def test_a_video_is_followed_face_by_face(predictor: Predictor, clip: Path) -> N
 
 def test_batches_change_nothing(export: Path, predictor: Predictor, clip: Path) -> None:
     whole = predictor.predict(clip, frames=0).to_dict()
-    for size in (1, 5):
+    for size in (1, 5, 64):
         other = load_detector(export, batch_size=size).predict(clip, frames=0).to_dict()
         for a, b in zip(whole["frames"], other["frames"], strict=True):
             assert [face["id"] for face in a["faces"]] == [face["id"] for face in b["faces"]]
             np.testing.assert_allclose(
                 [face["score"] for face in a["faces"]], [face["score"] for face in b["faces"]], atol=1e-6
             )
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+@given(st.lists(st.integers(), max_size=20), st.integers(1, 5), st.integers(0, 25))
+def test_items_drawn_ahead_are_the_same(items: list[int], depth: int, wanted: int) -> None:
+    drawn = 0
+
+    def source() -> Iterator[int]:
+        nonlocal drawn
+        for item in items:
+            drawn += 1
+            yield item
+        raise KeyError("at the end")
+
+    found, error = [], None
+    with closing(ahead(source(), depth)) as several:
+        try:
+            for item in islice(several, wanted):
+                found.append(item)
+                assert drawn <= len(found) + depth  # memory stays bounded
+        except KeyError as raised:
+            error = raised
+    assert found == items[:wanted]
+    assert (error is not None) == (wanted > len(items))
+    assert _threads() == []
+
+
+def test_drawing_ahead_overlaps_with_what_is_done_with_the_items() -> None:
+    taken, drawn = threading.Event(), threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 1
+        assert taken.wait(30)  # the first one is being dealt with …
+        drawn.set()
+        yield 2
+
+    with closing(ahead(source(), 1)) as several:
+        assert next(several) == 1
+        taken.set()
+        assert drawn.wait(30)  # … while the second one is made
+        assert list(several) == [2]
+
+
+def test_overlapping_changes_nothing_and_leaves_nothing_behind(
+    export: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = load_detector(export, batch_size=4)
+    advanced: list[tuple[int, int]] = []
+    found = predictor.predict(clip, frames=0, advance=lambda *done: advanced.append(done))
+    assert advanced == [(n, 12) for n in range(1, 13)]
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "ahead", lambda items, depth: (item for item in items))
+        assert predictor.predict(clip, frames=0).to_dict() == found.to_dict()
+
+    def interrupted(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:  # holds every frame of the stack, as a debugger would
+        predictor.predict(clip, frames=0, advance=interrupted)
+    assert (kept.type, _threads()) == (KeyboardInterrupt, [])
+    find, calls = predictor._detect, iter(range(100))
+
+    def broken(image: np.ndarray) -> Any:
+        if next(calls) == 5:
+            raise ZeroDivisionError("inside the face detector")
+        return find(image)
+
+    monkeypatch.setattr(predictor, "_detect", broken)
+    with pytest.raises(ZeroDivisionError, match="inside the face detector") as raised:
+        predictor.predict(clip, frames=0)
+    assert (raised.type, _threads()) == (ZeroDivisionError, [])
 
 
 def test_a_flicker_does_not_decide_about_a_video() -> None:
@@ -409,6 +492,53 @@ def test_demo_detectors_come_with_a_warning(tmp_path: Path, export: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_detector(export)
+
+
+def test_faces_are_cut_as_the_export_says(couple: Path, tmp_path: Path) -> None:
+    cards = {"wide": {"scale": 2.0}, "again": {"scale": 2.0}, "chips": {"scale": 1.3, "align": True}}
+    known = {}
+    for name, settings in cards.items():
+        (tmp_path / name).mkdir()
+        card = {"settings": {"detector": "dlib_hog", **settings}}
+        (tmp_path / name / "card.json").write_text(json.dumps(card))
+        known[name] = faces([str(tmp_path / name)])
+    assert known["wide"] == {"detector": "dlib_hog", "scale": 2.0, "align": False}
+    assert faces([str(tmp_path / "wide"), str(tmp_path / "again")]) == known["wide"]
+    for unclear in (["wide", "chips"], ["wide", "nowhere"], []):
+        assert faces([str(tmp_path / name) for name in unclear]) is None
+    card = {"settings": {"detector": None, "scale": 2.0}}
+    (tmp_path / "again" / "card.json").write_text(json.dumps(card))
+    assert faces([str(tmp_path / "again")]) is None  # pictures were taken as they are
+
+    exports = {
+        name: write_detector(tmp_path / name / "export", provenance={"faces": known.get(name)})
+        for name in ("wide", "chips", "plain")
+    }
+    image = load_image(couple)
+    loaded = {name: load_detector(path) for name, path in exports.items()}
+    for box, crop in loaded["wide"].crops(image):
+        np.testing.assert_array_equal(crop, cut(image, *square_crop(box, image.shape[1], image.shape[0], 2.0)))
+    for (box, crop), (_, usual) in zip(loaded["plain"].crops(image), loaded["wide"].crops(image), strict=True):
+        np.testing.assert_array_equal(crop, cut(image, *square_crop(box, image.shape[1], image.shape[0], 1.3)))
+        assert len(crop) < len(usual)
+    assert all(crop.shape == (224, 224, 3) for _, crop in loaded["chips"].crops(image))  # however large the box
+    assert loaded["wide"].notes == loaded["plain"].notes == []
+    with pytest.raises(ConfigError, match=r"wide .2 times the box., plain .1\.3 times"):
+        load_detector({"wide": exports["wide"], "plain": exports["plain"]})
+    with pytest.warns(UserWarning, match="found by dlib_hog.*here they are found by dlib_cnn"):
+        load_detector(exports["wide"], face_detector="dlib_cnn")
+
+
+def test_half_precision_is_told(export: Path, predictor: Predictor, couple: Path) -> None:
+    with pytest.warns(UserWarning, match=r"evaluate\.precision=bf16-mixed"):
+        half = load_detector(export, precision="bf16-mixed")
+    found, exact = half.predict(couple), predictor.predict(couple)
+    scores, expected = ([face.score for face in each.faces] for each in (found, exact))
+    assert scores != expected
+    np.testing.assert_allclose(scores, expected, atol=0.05)
+    assert any("bf16-mixed" in note for note in valid(found)["notes"])
+    with pytest.raises(ConfigError, match="precision=half"):
+        load_detector(export, precision="half")
 
 
 def test_what_cannot_be_loaded(tmp_path: Path, export: Path) -> None:

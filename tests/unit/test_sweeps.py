@@ -30,7 +30,8 @@ def predictions(seed: int, pull: float) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     label = np.tile([0, 1], 40)
     table = pd.DataFrame({"label": label, "score": np.clip(rng.normal(0.5 + pull * (2 * label - 1), 0.2), 0, 1)})
-    return table.assign(video=[f"v{i // 4}{y}" for i, y in enumerate(label)])
+    table = table.assign(video=[f"v{i // 4}{y}" for i, y in enumerate(label)], subject="", dataset="d")
+    return table.assign(path=[f"/{i}.png" for i in range(len(table))])
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def write_run(tmp_path: Path) -> WriteRun:
 
     def write(
         experiment: str = "fas_vitb", *, seed: int = 0, target: str = "M", model: str = "vit_base", tune: str = "full",
-        finished: bool = True, folder: str = "", result: str = "test", **more: object,
+        finished: bool = True, folder: str = "", result: str = "test", scores: bool = False, **more: object,
     ) -> Path:  # fmt: skip
         name = f"{experiment}__seed-{seed}__target-{target}"
         run = tmp_path / "runs" / (folder or name)
@@ -59,6 +60,8 @@ def write_run(tmp_path: Path) -> WriteRun:
             table = predictions(100 * seed + ord(target) + len(model) + len(tune), 0.15)
             made = {"published": PUBLISHED, "notes": [f"{name}: selection=target_best"]}
             write_tables(run / result, {name: {testset: antispoof.summarise(table, replicates=0)}}, made=made)
+            if scores:
+                table.assign(run=name, testset=testset).to_parquet(run / result / "predictions.parquet")
         return run
 
     return write
@@ -207,6 +210,125 @@ def test_tasks_and_protocols_have_their_own_tables(write_run: WriteRun, tmp_path
     assert any("unreadable" in why for _, why in collect(tmp_path / "runs").skipped)
 
 
+def test_rows_are_compared_on_the_same_samples(write_run: WriteRun, tmp_path: Path) -> None:
+    runs = {(tune, seed): write_run(tune=tune, seed=seed, folder=f"{tune}{seed}", scores=True,
+                                    ablation={"title": "Tuning", "reference": {"tune.name": "adapter"}})
+            for tune in ("full", "adapter") for seed in (0, 1)}  # fmt: skip
+    (table,) = collect(tmp_path / "runs", replicates=200).tables
+    assert table.title == "Tuning, protocol fas_mcio"
+    assert table.reference is not None
+    assert table.rows[table.reference].key == {"tune.name": "adapter"}
+    full, adapter = (table.compared["video", "hter", "fas_msu"][i] for i in (0, 1))
+    if table.reference == 0:
+        full, adapter = adapter, full
+    assert full is not None
+    assert adapter is not None
+    mean = {tune: np.mean([hter(runs[tune, seed], "fas_msu") for seed in (0, 1)]) for tune in ("full", "adapter")}
+    assert (full.value, adapter.value) == (pytest.approx(mean["full"]), pytest.approx(mean["adapter"]))
+    assert full.difference == pytest.approx(mean["full"] - mean["adapter"])
+    assert adapter.difference is None
+    assert full.difference_low <= full.difference <= full.difference_high
+    assert full.low <= full.value <= full.high
+    assert 0 < full.p <= 1
+    assert full.seeds == [0, 1]
+    text = write_sweep(tmp_path / "out", collect(tmp_path / "runs", replicates=200))[2].read_text()
+    assert "Δ [95 %] | p |" in text
+    assert "| reference |  |" in text
+    assert f"{100 * full.difference:+.2f} [".replace("-", "−") in text
+    assert "from the reference (tune.name = adapter)" in text
+    # The draws are paired: a row does not differ from itself, however few samples there are.
+    for file in (runs["full", seed] / "test" for seed in (0, 1)):
+        seed = file.parent.name[-1]
+        copy = pd.read_parquet(runs["adapter", int(seed)] / "test/predictions.parquet")
+        copy.to_parquet(file / "predictions.parquet")
+    (table,) = collect(tmp_path / "runs", replicates=50).tables
+    same = next(c for c in table.compared["video", "hter", "fas_msu"] if c is not None and c.difference is not None)
+    assert (same.difference, same.difference_low, same.difference_high, same.p) == (0, 0, 0, 1)
+    (table,) = collect(tmp_path / "runs", replicates=50, reference={"tune.name": "full"}).tables
+    assert table.rows[table.reference or 0].key == {"tune.name": "full"}
+    with pytest.raises(DataError, match=r"reference=.*tuna.*there are"):
+        collect(tmp_path / "runs", reference={"tune.name": "tuna"})
+    assert not collect(tmp_path / "runs", replicates=0).tables[0].compared
+
+
+def test_seeds_that_disagree_widen_the_interval(write_run: WriteRun, tmp_path: Path) -> None:
+    """Two seeds, one up and one down by the same: the test samples alone would call either of them sure."""
+    for tune in ("full", "adapter"):
+        for seed in (0, 1):
+            file = write_run(tune=tune, seed=seed, folder=f"{tune}{seed}", scores=True) / "test/predictions.parquet"
+            table = pd.read_parquet(file)
+            good = (tune == "full") == (seed == 0)
+            table.assign(score=table["label"] * 0.8 + 0.1 if good else 0.5).to_parquet(file)
+    (table,) = collect(tmp_path / "runs", replicates=400, reference={"tune.name": "adapter"}).tables
+    found = next(c for c in table.compared["video", "auc", "fas_msu"] if c is not None and c.difference is not None)
+    assert (found.difference, found.difference_low, found.difference_high) == (0, -0.5, 0.5)
+    assert found.p > 0.5
+
+
+def test_the_best_row_is_the_reference_where_none_is_named(write_run: WriteRun, tmp_path: Path) -> None:
+    runs = {tune: write_run(tune=tune, folder=tune, scores=True) for tune in ("full", "adapter")}
+    (table,) = collect(tmp_path / "runs", replicates=20).tables
+    best = min(runs, key=lambda tune: hter(runs[tune], "fas_msu"))  # an error rate: less is better
+    assert table.rows[table.reference or 0].key == {"tune.name": best}
+
+
+def test_runs_on_other_samples_are_not_compared(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(folder="a", scores=True)
+    other = write_run(tune="adapter", folder="b", scores=True) / "test/predictions.parquet"
+    pd.read_parquet(other).iloc[1:].to_parquet(other)
+    (table,) = collect(tmp_path / "runs", replicates=20).tables
+    assert all(c is None or c.difference is None for found in table.compared.values() for c in found)
+    assert "Δ" not in write_sweep(tmp_path / "out", collect(tmp_path / "runs"))[2].read_text()
+
+
+def test_a_failed_run_is_a_gap_with_its_reason(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(seed=0)
+    write_run("adapter", tune="adapter", seed=0)
+    failed = write_run("adapter", tune="adapter", seed=1, finished=False)
+    reason = {"step": "fit", "error": "RuntimeError: out of memory\nat all"}
+    (failed / "failed.json").write_text(json.dumps(reason))
+    # It did not even start: its settings are in the note.
+    early = write_run(seed=1, folder="early", finished=False)
+    config = OmegaConf.to_container(OmegaConf.load(early / "config.yaml"))
+    (early / "config.yaml").unlink()
+    (early / "failed.json").write_text(json.dumps({"step": "start", "error": "ConfigError: no", "config": config}))
+    (table,) = collect(tmp_path / "runs").tables
+    why = {row.key["tune.name"]: table.missing(row)[0]["why"] for row in table.rows}
+    assert why == {
+        "adapter": "failed in fit: RuntimeError: out of memory at all",
+        "full": "failed in start: ConfigError: no",
+    }
+    text = write_sweep(tmp_path / "out", collect(tmp_path / "runs"))
+    assert all("out of memory at all" in file.read_text() for file in text if file.suffix in (".md", ".html", ".tex"))
+    # What is in a finished run's folder is not held against it.
+    (tmp_path / "runs/fas_vitb__seed-0__target-M/failed.json").write_text("{}")
+    assert len(collect(tmp_path / "runs").tables[0].rows) == 2
+
+
+def test_what_lies_in_a_run_folder_is_part_of_it(write_run: WriteRun, tmp_path: Path) -> None:
+    run = write_run(seed=0)
+    (run / "finetune").mkdir()
+    (run / "finetune/config.yaml").write_text("name: other\ntestsets: {x: {}}\n")
+    sweep = collect(tmp_path / "runs")
+    assert sweep.skipped == []
+    assert sweep.tables[0].columns == ["fas_msu"]
+    assert collect(run).tables[0].columns == ["fas_msu"]
+
+
+def test_numbers_are_in_order_and_drawn(write_run: WriteRun, tmp_path: Path) -> None:
+    for share in (0.5, None, 0.05, 10):
+        data = {"target": "msu", "fraction": share, "manifests": ["x/msu"]}
+        write_run(folder=f"f{share}", data=data, scores=True)
+    sweep = collect(tmp_path / "runs", replicates=20)
+    assert [row.key["data.fraction"] for row in sweep.tables[0].rows] == [0.05, 0.5, 10, None]
+    page = next(path for path in write_sweep(tmp_path / "out", sweep) if path.suffix == ".html").read_text()
+    assert "<svg" in page
+    assert ">null</text>" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    for text in ("HTER, video level", "95 % bootstrap intervals", "How the metrics are defined"):
+        assert text in page
+
+
 def test_nothing_found_is_an_error_that_says_where_it_looked(write_run: WriteRun, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         collect(tmp_path / "nowhere*")
@@ -239,3 +361,11 @@ def test_command_line(write_run: WriteRun, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "adapter" not in (tmp_path / "tables/sweep.md").read_text()
     assert "vit_base" in (tmp_path / "tables/sweep.tex").read_text().replace(r"\_", "_")
+    for row in (tmp_path / "runs").glob("*/config.yaml"):
+        run, testset = row.parent, "fas_msu" if "-M" in row.parent.name else "fas_casia"
+        table = predictions(len(run.name) + ord(run.name[-1]), 0.15)
+        table.assign(run=run.name, testset=testset).to_parquet(run / "test/predictions.parquet")
+    done = report("sweep=runs", "reference={tune.name: adapter}", "replicates=50", "out=tables")
+    assert done.returncode == 0, done.stderr
+    assert "from the reference (tune.name = adapter)" in done.stdout
+    assert "sweep.html" in done.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -21,7 +22,7 @@ from fsvfm.data.manifest import Manifest
 from fsvfm.data.sampling import EpochSampler, derive_seed
 from fsvfm.data.stats import cached_statistics, channel_statistics
 from fsvfm.data.transforms import crop_and_flip, test_transform, train_transform
-from fsvfm.errors import DataError
+from fsvfm.errors import ConfigError, DataError
 from fsvfm.regions import region_grid
 
 PAPERS = {"crop_scale": (0.08, 1.0), "flip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1"}
@@ -196,6 +197,35 @@ def test_one_class_is_refused(damaged: Path) -> None:
         ForgeryData(
             [str(damaged)], methods=[], image_size=64, batch_size=4, workers=0, augment={**PAPERS}
         )  # fmt: skip
+
+
+def test_a_fraction_is_of_the_videos_of_every_method_and_grows(prepared_dir: Path, tmp_path: Path) -> None:
+    table = Manifest.read(prepared_dir).table
+    table = table.drop(columns=["grid_p16", "parse"])
+    # Two frames of every video.
+    frames = pd.concat([table.assign(frame=i, path=table["video"] + f"_{i}.png") for i in (0, 1)])
+    Manifest(frames, tmp_path).write()
+
+    def rows(fraction: float | None, seed: int = 0) -> pd.DataFrame:
+        augment = {**PAPERS, "saturation": None}
+        options = {"methods": None, "image_size": 64, "batch_size": 4, "workers": 0, "augment": augment}
+        data = ForgeryData([str(tmp_path)], fraction=fraction, seed=seed, **options)
+        assert len(data.val) == 2 * 4 * 3, "validation stays whole"
+        return data.train.table
+
+    whole = rows(None)
+    before: set[str] = set()
+    for fraction, videos in ((0.01, 1), (0.25, 4), (0.5, 8), (1.0, 16)):
+        part = rows(fraction)
+        assert part.groupby("method")["video"].nunique().to_dict() == dict.fromkeys(whole["method"].unique(), videos)
+        assert (part.groupby("video").size() == 2).all(), "all frames of a video"
+        assert before <= set(part["video"])
+        before = set(part["video"])
+    assert before == set(whole["video"])
+    assert set(rows(0.25)["video"]) != set(rows(0.25, seed=1)["video"])
+    for wrong in (0, 1.5):
+        with pytest.raises(ConfigError, match=r"data\.fraction"):
+            rows(wrong)
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------

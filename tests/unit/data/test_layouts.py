@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -282,3 +283,47 @@ def test_an_unfinished_preparation_is_not_taken_for_a_layout(faces: Path) -> Non
 def test_our_own_prepared_folder_keeps_its_manifest(prepared_dir: Path) -> None:
     assert "grid_p16" in Manifest.read(prepared_dir).table
     assert not layouts.known(prepared_dir / "images")
+
+
+# --- FaceForensics++ frames with masks --------------------------------------------------------------------------------
+
+
+def test_frames_with_masks_are_read_as_they_are(tmp_path: Path) -> None:
+    root = tmp_path / "FF"
+    write(root, *(f"image/real/{clip}/{n:04d}.png" for clip in ("000", "003", "007", "100") for n in (0, 1)))
+    write(root, "image/FF-DF/000_003/0000.png", "image/FF-NT/003_000/0012.png", "image/FF-F2F/007_012/0000.png")
+    write(root, "mask/FF-DF/000_003/0000_mask.png", "mask/FF-F2F/007_012/0000.png")
+    for name, pairs in (("train", [["000", "003"]]), ("eval", [["007", "012"]])):
+        (root / "config").mkdir(exist_ok=True)
+        (root / "config" / f"{name}.json").write_text(json.dumps(pairs))
+    assert build.prepared(root)
+    with pytest.warns(UserWarning, match="2 frames of videos that no config names"):
+        manifest = Manifest.read(root)
+    found = {row[0]: row[1:] for row in rows(manifest, "label", "split", "method", "video", "subject", "frame", "mask")}
+    assert found.pop("image/real/000/0001.png") == (0, "train", "real", "000", "000", 1, "")
+    assert found.pop("image/FF-DF/000_003/0000.png") == (
+        1, "train", "Deepfakes", "Deepfakes/000_003", "000+003", 0, "mask/FF-DF/000_003/0000_mask.png",
+    )  # fmt: skip
+    assert found.pop("image/FF-NT/003_000/0012.png")[1:] == (
+        "train", "NeuralTextures", "NeuralTextures/003_000", "003+000", 12, "",
+    )  # fmt: skip
+    assert found.pop("image/FF-F2F/007_012/0000.png")[-1] == "mask/FF-F2F/007_012/0000.png"
+    assert {values[1] for path, values in found.items() if "/007/" in path} == {"val"}
+    assert not any("/100/" in path for path in found)
+    with pytest.warns(UserWarning, match="no config names"):
+        joined = Manifest.concat([from_folder_of_one(tmp_path), Manifest.read(root)])
+    assert joined.files("mask")[list(joined.table["path"]).index(str(root / "image/FF-DF/000_003/0000.png"))] == str(
+        root / "mask/FF-DF/000_003/0000_mask.png"
+    )
+    (root / "config" / "train.json").write_text('{"000": 1}')
+    with pytest.raises(DataError, match="list of pairs"):
+        Manifest.read(root)
+    for name in ("train", "eval"):
+        (root / "config" / f"{name}.json").unlink()
+    with pytest.raises(DataError, match=r"none of train\.json"):
+        Manifest.read(root)
+
+
+def from_folder_of_one(folder: Path) -> Manifest:
+    write(folder / "classes", "real/x.png")
+    return from_folder(folder / "classes")

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial import ConvexHull, Delaunay
 
+from drawn_faces import face_points, picture
 from fsvfm.errors import ConfigError, DataError
 from fsvfm.faces.blend import MASKS, STRONG, SUBTLE, Forgery, Strength, as_strength, face_mask, face_swap, self_blend
+from fsvfm.faces.self_blending import KINDS, RATIOS, disturb, mask_of, self_blended_pair, soften, transform
 
 SIZE = 96
 #: No change of any kind: what is pasted is the picture itself.
@@ -27,36 +30,6 @@ NOTHING = Strength(
     parts=MASKS,
 )
 NOTHING = replace(NOTHING, colour_chance=0.0, frequency_chance=0.0)
-
-
-def face_points(size: int = SIZE, centre: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """Sixty-eight points laid out like a face: jaw, eyebrows, nose, eyes, lips."""
-
-    def arc(count: int, x: float, y: float, rx: float, ry: float, start: float, stop: float) -> np.ndarray:
-        angle = np.linspace(start, stop, count)
-        return np.column_stack([x + rx * np.cos(angle), y + ry * np.sin(angle)])
-
-    pi = np.pi
-    parts = [
-        arc(17, 0, -0.05, 0.3, 0.38, pi, 0),
-        arc(5, -0.13, -0.13, 0.08, 0.04, pi, 2 * pi),
-        arc(5, 0.13, -0.13, 0.08, 0.04, pi, 2 * pi),
-        np.column_stack([np.zeros(4), np.linspace(-0.08, 0.05, 4)]),
-        arc(5, 0, 0.07, 0.06, 0.02, pi, 0),
-        arc(6, -0.13, -0.06, 0.06, 0.025, pi, 2.7 * pi),
-        arc(6, 0.13, -0.06, 0.06, 0.025, pi, 2.7 * pi),
-        arc(12, 0, 0.18, 0.1, 0.05, pi, 2.8 * pi),
-        arc(8, 0, 0.18, 0.07, 0.02, pi, 2.7 * pi),
-    ]
-    return ((np.concatenate(parts) + np.array(centre)) * size).astype(np.float32)
-
-
-def picture(seed: int, size: int = SIZE) -> np.ndarray:
-    """Smooth colours with some grain."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(40, 215, (6, 6, 3)).astype(np.float32)
-    smooth = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
-    return np.clip(smooth + rng.normal(0, 6, (size, size, 3)), 0, 255).astype(np.uint8)
 
 
 def check(forged: Forgery, original: np.ndarray) -> None:
@@ -215,3 +188,128 @@ def test_wrong_inputs_are_told() -> None:
         face_swap(target, points, target, np.full((68, 2), 9.0), rng)
     with pytest.raises(ConfigError, match="part of the face"):
         face_mask(points, SIZE, SIZE, "ear")
+
+
+# ------------------------------------------------------------------ self-blended pairs: training pictures as published
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_pair_differs_inside_the_mask_alone(seed: int) -> None:
+    image, points = picture(1), face_points()
+    before = image.copy()
+    real, fake, mask = self_blended_pair(image, points, np.random.default_rng(seed))
+    assert (real.dtype, fake.dtype, mask.dtype) == (np.uint8, np.uint8, np.float32)
+    assert real.shape == fake.shape == image.shape
+    assert mask.min() >= 0
+    assert any(mask.max() == pytest.approx(ratio, abs=1e-5) for ratio in RATIOS)
+    np.testing.assert_array_equal(real[mask == 0], fake[mask == 0])
+    np.testing.assert_array_equal(image, before)
+    again = self_blended_pair(image, points, np.random.default_rng(seed))
+    np.testing.assert_array_equal(fake, again.fake)
+
+
+def test_the_photograph_itself_is_real_in_half_of_the_pairs() -> None:
+    """The changed version is the background as often as the face: change alone is no clue."""
+    image, points = picture(1), face_points()
+    pairs = [self_blended_pair(image, points, np.random.default_rng(seed)) for seed in range(200)]
+    untouched = sum(np.array_equal(pair.real, image) for pair in pairs)
+    assert 75 <= untouched <= 125  # 100 ± 3.5 standard deviations
+    assert all((pair.fake != pair.real).any() for pair in pairs)
+    ratios = np.round([pair.mask.max() for pair in pairs], 3)
+    assert 75 <= (ratios == 1).sum() <= 125  # three of the six
+    assert {*ratios} == {0.25, 0.5, 0.75, 1.0}
+
+
+def inside(points: np.ndarray) -> np.ndarray:
+    """Independent of OpenCV: pixels in the convex hull of points."""
+    hull = Delaunay(points[ConvexHull(points).vertices])
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    return hull.find_simplex(np.column_stack([x.ravel(), y.ravel()])).reshape(SIZE, SIZE) >= 0
+
+
+def test_masks_are_unions_of_hulls() -> None:
+    points = face_points().astype(np.float64)
+    left = np.concatenate([points[17:22], points[27:28], points[31:36], points[8:9]])
+    jaw = np.concatenate([points[0:17], points[48:68]])
+    components, features = (mask_of(points, SIZE, SIZE, kind) for kind in ("components", "features"))
+    inner = cv2.erode(inside(left).astype(np.uint8), np.ones((3, 3))) > 0
+    assert components[inner].all()
+    assert features[cv2.erode(inside(jaw).astype(np.uint8), np.ones((3, 3))) > 0].all()
+    outside = cv2.dilate(inside(points).astype(np.uint8), np.ones((5, 5))) == 0
+    for kind in ("components", "features", "hull"):
+        assert not mask_of(points, SIZE, SIZE, kind)[outside].any(), kind
+    raised = mask_of(points, SIZE, SIZE, "extended")
+    assert (raised >= components).all()
+    # Half the distance from eyebrow to lid: by hand from three landmarks of the left eye's middle.
+    top = points[19, 1] + (points[19, 1] - points[37, 1]) / 2
+    rows = np.flatnonzero(raised[:, int(points[19, 0])])
+    assert rows[0] == pytest.approx(top, abs=2)
+    assert rows[0] < np.flatnonzero(components[:, int(points[19, 0])])[0] - 1
+
+
+def test_the_hull_may_reach_over_the_forehead() -> None:
+    points = face_points()
+    np.testing.assert_array_equal(mask_of(points, SIZE, SIZE, "hull"), face_mask(points, SIZE, SIZE))
+    assert mask_of(points, SIZE, SIZE, "hull", forehead=True).sum() > face_mask(points, SIZE, SIZE).sum()
+
+
+def test_masks_are_mirrored_with_the_face() -> None:
+    """Left and right are treated alike, so that pictures may be flipped after blending."""
+    order = [
+        *range(16, -1, -1), *range(26, 16, -1), *range(27, 31), *range(35, 30, -1),
+        *range(45, 41, -1), 47, 46, *range(39, 35, -1), 41, 40,
+        *range(54, 47, -1), *range(59, 54, -1), *range(64, 59, -1), *range(67, 64, -1),
+    ]  # fmt: skip
+    points = np.rint(face_points())
+    mirrored = points[order] * [-1, 1] + [SIZE - 1, 0]
+    for kind in KINDS:
+        here, there = mask_of(points, SIZE, SIZE, kind), mask_of(mirrored, SIZE, SIZE, kind)[:, ::-1]
+        assert (here != there).mean() < 0.01, kind
+
+
+def test_a_softened_mask_shrinks_and_stays_within_the_first() -> None:
+    mask = np.zeros((224, 224), np.float32)
+    cv2.circle(mask, (112, 112), 70, 1.0, -1)
+    whole = []
+    for seed in range(20):
+        soft = soften(mask, np.random.default_rng(seed))
+        assert soft.min() >= 0
+        assert soft.max() == pytest.approx(1, abs=1e-5)
+        assert soft[112, 112] == pytest.approx(1, abs=1e-3)
+        whole.append(float((soft > 0.5).sum() / mask.sum()))
+        assert not soft[:20].any()
+        assert ((soft > 0.02) & (soft < 0.98)).any()
+    assert all(0.5 < share < 1 for share in whole)
+
+
+def test_transforms_stay_in_their_ranges() -> None:
+    """Of a uniform grey face sharpness cannot change, and colours only so far: 20 levels, then 10 % and 25.5 levels."""
+    grey = np.full((32, 32, 3), 100, np.uint8)
+    values = np.array([transform(grey, np.random.default_rng(seed))[8, 8].astype(float) for seed in range(300)])
+    assert (np.ptp([transform(grey, np.random.default_rng(s)) for s in range(20)], axis=(1, 2)) == 0).all()
+    assert values.min() >= (100 - 20 - 1) * 0.9 - 25.5 - 1
+    assert values.max() <= (100 + 20 + 1) * 1.1 + 25.5 + 1
+    coloured = np.ptp(values, axis=1) > 3
+    assert 0.2 < coloured.mean() < 0.4  # channels are shifted apart in 30 %
+    assert values[coloured].std() > values[~coloured].std() / 2
+
+
+def test_both_of_a_pair_are_disturbed_alike() -> None:
+    image = picture(2)
+    changed = 0
+    for seed in range(12):
+        one, other = disturb((image, image.copy()), np.random.default_rng(seed))
+        np.testing.assert_array_equal(one, other)
+        changed += not np.array_equal(one, image)
+    assert 6 <= changed < 12
+
+
+def test_wrong_inputs_of_a_pair_are_told() -> None:
+    rng, image, points = np.random.default_rng(0), picture(1), face_points()
+    with pytest.raises(DataError, match="68 finite points"):
+        self_blended_pair(image, points[:67], rng)
+    with pytest.raises(DataError, match="outside"):
+        mask_of(points + 1000, SIZE, SIZE, "components")
+    with pytest.raises(ConfigError, match="features, extended, components, hull"):
+        mask_of(points, SIZE, SIZE, "ear")

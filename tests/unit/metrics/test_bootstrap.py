@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from fsvfm.errors import MetricError
-from fsvfm.metrics.bootstrap import bootstrap, cluster_weights, percentile_interval
-from fsvfm.metrics.forgery import evaluate
+from fsvfm.metrics.bootstrap import (
+    TestSamples,
+    bootstrap,
+    cluster_weights,
+    difference_p,
+    paired_bootstrap,
+    percentile_interval,
+)
+from fsvfm.metrics.forgery import METRICS, curve, evaluate
 
 
 def draw(labels, groups, replicates, seed=0):
@@ -85,3 +93,56 @@ def test_bad_requests():
         bootstrap(lambda w: w, np.array([0, 1]), np.array([0, 1, 2]))
     with pytest.raises(MetricError, match="level"):
         percentile_interval(np.zeros((3, 1)), 95)
+
+
+@given(st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_paired_draws_are_the_same_for_all_and_shared_over_test_sets(seed):
+    rng = np.random.default_rng(seed)
+    # People with a real picture each; two of them are forged one way, two the other: two test sets share the reals.
+    people = np.array([f"p{i}" for i in range(6)])
+    first = TestSamples(
+        np.repeat([0, 1], [6, 2]), np.append(people, ["p0", "p1"]), {"a": rng.random(8), "b": rng.random(8)}
+    )
+    second = TestSamples(np.repeat([0, 1], [6, 2]), np.append(people, ["p4", "p5"]), {"b": rng.random(8)})
+    seen = []
+
+    def weighted(scores, labels, weights):
+        seen.append(weights)
+        return (weights * scores).sum(1)
+
+    one, two = paired_bootstrap(weighted, [first, second], replicates=31, seed=seed)
+    assert (set(one), set(two)) == ({"a", "b"}, {"b"})
+    assert one["a"].shape == (31,)
+    a, b, c = seen
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a[:, :6], c[:, :6])
+    np.testing.assert_array_equal(a[:, :2], a[:, 6:])  # a person is drawn with all their pictures
+    assert (a[:, 6:].sum(1) == 2).all(), "as many forged people as there are"
+    assert (c[:, 6:].sum(1) == 2).all()
+    assert (a[:, :6].sum(1) == 6).all()
+    np.testing.assert_allclose(one["b"], b @ first.scores["b"])
+
+
+def test_paired_auc_is_that_of_the_repeated_samples():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 40)
+    samples = TestSamples(labels, np.arange(40), {"x": rng.random(40), "y": rng.random(40)})
+    drawn = {}
+
+    def auc(scores, labels, weights):
+        drawn.setdefault("weights", weights)
+        return METRICS["auc"](curve(scores, labels, weights))
+
+    (found,) = paired_bootstrap(auc, [samples], replicates=20, seed=1)
+    for name, scores in samples.scores.items():
+        expected = [roc_auc_score(labels, scores, sample_weight=w) for w in drawn["weights"]]
+        np.testing.assert_allclose(found[name], expected, atol=1e-12)
+
+
+def test_p_is_twice_the_smaller_tail():
+    assert difference_p(np.array([-1.0, 1, 1, 1])) == pytest.approx(2 * 2 / 5)
+    assert difference_p(np.full(999, 0.1)) == pytest.approx(0.002)
+    assert difference_p(np.zeros(9)) == 1
+    with pytest.raises(MetricError, match="at least 1"):
+        paired_bootstrap(lambda s, y, w: w.sum(1), [], replicates=0)

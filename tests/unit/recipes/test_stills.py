@@ -134,7 +134,7 @@ def test_a_prepared_set_is_pre_trained_on(
     trainer = build.create(cfg.trainer, logger=False)
     trainer.fit(task, datamodule=data)
     assert trainer.global_step == 1
-    assert np.isfinite(trainer.callback_metrics["train/loss"].item())
+    assert np.isfinite(trainer.callback_metrics["train/loss_epoch"].item())
 
 
 def test_a_second_run_does_nothing_again(photos: list[np.ndarray], tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def fit(cfg: DictConfig, *callbacks: pl.Callback, resume: Path | None = None) ->
     task = build.build_task(cfg, data)
     trainer = build.build_trainer(cfg)
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
-    trainer.loggers[0].keep_until(torch.load(resume, weights_only=True)["global_step"] if resume else -1)  # type: ignore[attr-defined]
+    trainer.loggers[0].continue_at(torch.load(resume, weights_only=True)["global_step"] if resume else 0)  # type: ignore[attr-defined]
     trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     trainer.loggers[0].save()
     return task, trainer  # type: ignore[return-value]

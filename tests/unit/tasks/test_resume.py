@@ -26,6 +26,8 @@ COMMON = (
 PRETRAIN = ("experiment=demo_pretrain", "callbacks.panels=null", "callbacks.periodic=null", *COMMON)
 FORGERY = ("experiment=demo_dfd", "run=[fit]", "model.init=null", "augment=papers", "tune.drop_path=0.2", *COMMON)
 FORGERY = (*FORGERY, "data.batch_size=4", "trainer.limit_train_batches=5")
+RFFR = ("experiment=demo_rffr", "run=[fit]", "model.init=null", "model.branch_init=null", *COMMON, "data.batch_size=4")
+RFFR = (*RFFR, "model.image_size=128", "callbacks.panels=null", "trainer.limit_train_batches=5")
 
 
 class Interrupt(pl.Callback):
@@ -46,7 +48,7 @@ def run(cfg: DictConfig, *, resume: Path | None = None, interrupt: int = 0) -> t
     trainer = build.build_trainer(cfg)
     if interrupt:
         trainer.callbacks.insert(0, Interrupt(interrupt))  # type: ignore[attr-defined]
-    trainer.loggers[0].keep_until(torch.load(resume, weights_only=True)["global_step"] if resume else -1)  # type: ignore[attr-defined]
+    trainer.loggers[0].continue_at(torch.load(resume, weights_only=True)["global_step"] if resume else 0)  # type: ignore[attr-defined]
     if interrupt:
         with pytest.raises(RuntimeError, match="interrupted"):
             trainer.fit(task, datamodule=data)
@@ -66,6 +68,7 @@ def run(cfg: DictConfig, *, resume: Path | None = None, interrupt: int = 0) -> t
         (PRETRAIN, 1, 0, 6),  # while the first batch after an epoch is under way
         (FORGERY, 1, 0, 7),  # with dropped paths, mixup, random crops, and validation between epochs
         (FORGERY, 1, 2, 6),
+        (RFFR, 1, 0, 7),  # with halved batches and drawn blocks
     ],
 )
 def test_resumed_equals_uninterrupted(
