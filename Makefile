@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint type format bench clean
+.PHONY: help install demo test test-slow test-gpu lint type format hooks bench docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -50,9 +50,22 @@ format: install  ## rewrite in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install  ## benchmarks, as ratios against a plain baseline; PHOTO=<portrait> adds video and prediction
-	cd benchmarks && for name in masking loading evaluation scale; do ../$(BIN)/python $$name.py || exit 1; done
-	cd benchmarks && for name in $(if $(PHOTO),video prediction); do ../$(BIN)/python $$name.py --photo $(abspath $(PHOTO)) || exit 1; done
+hooks: install  ## check style and types before every commit
+	$(BIN)/python -m pip install -q pre-commit
+	$(BIN)/pre-commit install
+
+# Where `make bench` keeps its figures; name the machine. STEP: options of the two training benchmarks, on a GPU for example
+# STEP="--device cuda --model vit_base --batch 256 --compile default".
+OUT  ?= docs/performance/$(shell date +%F)
+STEP ?=
+bench: install  ## benchmarks, as ratios against a plain baseline, to OUT=<folder>; PHOTO=<portrait> adds video and prediction
+	@set -e; cd benchmarks; run() { name=$$1; shift; echo "== $$name $$*"; ../$(BIN)/python $$name.py "$$@" --output "$(abspath $(OUT))/$$name.json"; }; \
+	for name in masking loading evaluation startup preparation scale; do run $$name; done; \
+	run pretraining $(STEP); run finetuning $(STEP); \
+	$(if $(PHOTO),for name in video prediction; do run $$name --photo "$(abspath $(PHOTO))"; done)
+
+docs: install  ## the documentation site in site/; a broken link or reference is an error
+	$(BIN)/mkdocs build --strict
 
 clean:  ## remove build products and caches; keeps .venv, data and runs
-	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
