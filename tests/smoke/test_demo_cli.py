@@ -122,6 +122,7 @@ def test_interrupted_training_continues(demo: Folder) -> None:
     assert steps.is_unique
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_effective_batch_rule(demo: Folder) -> None:
     words = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", "callbacks.panels=null")
     told = demo.run("train", "experiment=demo_pretrain", *SMALL, *words, "name=ddp")

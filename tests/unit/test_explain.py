@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def attentive(like: Detector, place: tuple[int, int]) -> Detector:
 @pytest.mark.parametrize("class_order", [("real", "fake"), ("fake", "real")])
 def test_all_views_find_the_patch_that_the_detector_attends_to(tmp_path, face, place, class_order) -> None:
     loaded = exported(tmp_path / "export", class_order=class_order)
-    loaded = loaded._replace(network=attentive(loaded.network, place))
+    loaded = replace(loaded, network=attentive(loaded.network, place))
     for blue, sign in ((250, 1), (10, -1)):
         rows, columns = (slice(PATCH * at, PATCH * (at + 1)) for at in place)
         face[rows, columns, 2] = blue
@@ -159,7 +160,7 @@ def test_all_views_find_the_patch_that_the_detector_attends_to(tmp_path, face, p
 
 def test_a_linear_detector_is_explained_exactly(detector: LoadedDetector, face: np.ndarray) -> None:
     toy = OnePatch(detector.network, (3, 6))
-    found = explain(detector._replace(network=toy), face, methods=("gradient", "regions"), parser=eyes_at((3, 6)))
+    found = explain(replace(detector, network=toy), face, methods=("gradient", "regions"), parser=eyes_at((3, 6)))
     normalised = (torch.from_numpy(face.copy()).permute(2, 0, 1)[None].float() - detector.mean) / detector.std
     expected = patchify(toy.window * normalised, PATCH)[0].double().sum(dim=1).reshape(GRID, GRID).numpy()
     np.testing.assert_allclose(found.patches["gradient"], expected, atol=1e-5)
@@ -196,7 +197,7 @@ def test_gradients_are_exact_for_bent_detectors_and_find_sudden_steps(detector, 
         "step": lambda u: 2 * torch.tanh(300 * (u / whole - 0.1)),
     }
     toy = Bent(detector.network, functions[bend])
-    found = explain(detector._replace(network=toy), face, methods=["gradient"])
+    found = explain(replace(detector, network=toy), face, methods=["gradient"])
     assert found.completeness is not None
     rise = {"cubic": 1.0, "step": 4.0}[bend]
     assert found.completeness["difference"] == pytest.approx(rise, abs=1e-4)
@@ -353,7 +354,7 @@ def test_low_rank_updates_that_are_not_folded_count(tmp_path: Path, face: np.nda
     loaded = exported(tmp_path / "export", tune={"name": "linear"})
     network = build_detector(MODEL, {"name": "lora", "lora": LORA}, ("real", "fake"))
     scramble(network, seed=4)
-    check(loaded._replace(network=network.eval()), face)
+    check(replace(loaded, network=network.eval()), face)
 
 
 def test_explaining_works_where_gradients_are_off(detector: LoadedDetector, face: np.ndarray) -> None:
@@ -468,7 +469,7 @@ def test_a_photograph_is_explained_in_pictures_and_numbers(tmp_path: Path, detec
     meta = {**detector.checkpoint.meta, "model": {**MODEL, "image_size": 224, "patch_size": 16}}
     detector.checkpoint.meta.update(meta)
     encoder = pretrained(tmp_path / "pretrained")
-    found = explain(detector._replace(network=network), face, encoder=encoder)
+    found = explain(replace(detector, network=network), face, encoder=encoder)
     assert list(found.regions) == [name for name in REGIONS if name in found.regions]
     assert {"eyebrows", "eyes", "nose", "mouth", "boundary", "skin"} <= set(found.regions)
     assert set(found.maps) == {"rollout", "gradient", "regions", "reconstruction"}

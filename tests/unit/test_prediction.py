@@ -6,12 +6,13 @@ import json
 import math
 import shutil
 import threading
+import time
 import tracemalloc
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from importlib import resources
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,14 @@ def test_drawing_ahead_overlaps_with_what_is_done_with_the_items() -> None:
         taken.set()
         assert drawn.wait(30)  # … while the second one is made
         assert list(several) == [2]
+
+
+def test_no_more_is_drawn_ahead_than_asked_for() -> None:
+    drawn = count()
+    with closing(ahead(drawn, 3)) as several:
+        assert next(several) == 0
+        time.sleep(0.2)  # to go too far, if it would
+    assert next(drawn) <= 4
 
 
 def test_overlapping_changes_nothing_and_leaves_nothing_behind(

@@ -211,7 +211,7 @@ def test_gradients_are_exchanged_once_per_optimisation_step(configure: Compose) 
         found = {event.key: event.count for event in profile.key_averages()}
         counts[trainer.global_step] = found["c10d::allreduce_"]
         broadcasts[trainer.global_step] = found.get("c10d::broadcast_", 0)
-    assert broadcasts[2] == broadcasts[1], "weights at the start; no buffers in the steps"
+    assert max(broadcasts.values()) < 16, "weights at the start, decisions at the end; no buffers at 8 forward passes"
     per_step = counts[2] - counts[1]
     assert 1 <= per_step <= 3  # DDP's buckets: a small first one, then 25 MiB each
     assert counts[1] - per_step < 8  # what does not depend on the steps: means over an epoch
