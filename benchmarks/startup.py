@@ -3,7 +3,7 @@
     python benchmarks/startup.py [--run <folder of a finished run>] [--repeats 5] [--output startup.json]
 
 Every row is a new process with warm file caches; the least of some repetitions counts. `--run` adds what the command of
-a finished run takes to say so: the folder below paths.runs is read, nothing is computed.
+a finished run takes to say so: nothing is computed. It is called where its folder `runs` lies.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from common import arguments, in_turn, save, table
-from omegaconf import OmegaConf
 
 TRAIN = ["-m", "fsvfm.train"]
 EVERYTHING = "import torch, torchvision, pytorch_lightning, timm, albumentations, hydra"
 
 
 def call(words: list[str], folder: str) -> None:
-    """Run Python with these arguments, in an empty folder."""
+    """Run Python with these arguments, in a folder."""
     subprocess.run([sys.executable, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -40,17 +39,18 @@ def main() -> None:
         "train --help": [*TRAIN, "--help"],
         "train --cfg job": [*TRAIN, "--cfg", "job"],
     }
+    places = {}
     if options.run:
         run = options.run.resolve()
-        data = Path(OmegaConf.load(run / "config.yaml").paths.data).resolve()
-        commands["train, finished already"] = [
-            *TRAIN, f"experiment={run.name}", f"paths.runs={run.parent}", f"paths.data={data}",
-        ]  # fmt: skip
+        commands["train, finished already"] = [*TRAIN, f"experiment={run.name}"]
+        places["train, finished already"] = str(run.parent.parent)
     if options.dry:
         options.repeats = 1
         commands = {name: words for name, words in commands.items() if words[0] == "-c" and EVERYTHING not in words}
     with tempfile.TemporaryDirectory() as folder:
-        runs: dict[str, Callable[[], object]] = {name: partial(call, words, folder) for name, words in commands.items()}
+        runs: dict[str, Callable[[], object]] = {
+            name: partial(call, words, places.get(name, folder)) for name, words in commands.items()
+        }
         seconds = in_turn(runs, options.repeats)
     least = {name: float(values.min()) for name, values in seconds.items()}
     base = least.get("baseline: import everything")
