@@ -33,7 +33,6 @@ from fsvfm.loading import load_into
 from fsvfm.metrics.calibration import CLIP
 from fsvfm.models import timm_backbone
 from fsvfm.models.detector import build_backbone, build_detector
-from fsvfm.models.heads import FASHead
 from fsvfm.models.vit import ViTConfig
 
 #: Largest difference to ours that a written file may have: of scores, and of features relative to the largest one.
@@ -337,20 +336,6 @@ def write_timm(folder: str | os.PathLike[str], model: Portable) -> TimmFile:
 # -------------------------------------------------------------------------------------------------------------- graphs
 
 
-def _settled(model: Portable) -> Portable:
-    """A copy with a forward pass that changes no weight, as a graph needs it.
-
-    Anti-spoofing heads normalise their classifier's weight in place whenever they are used; here it is done for good.
-    """
-    model = copy.deepcopy(model)
-    head = getattr(model.network, "head", None)
-    if isinstance(head, FASHead):
-        with torch.no_grad():
-            head.fc.weight.copy_(F.normalize(head.fc.weight, dim=0))
-        object.__setattr__(head, "classify", head.fc.forward)
-    return model.requires_grad_(False)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters warn about their own internals, partly through logging."""
@@ -400,7 +385,7 @@ def write_torch_export(folder: str | os.PathLike[str], model: Portable) -> Graph
     Raises:
         CheckpointError: the file, read again, gives other outputs.
     """
-    model = _settled(model)
+    model = copy.deepcopy(model).requires_grad_(False)
     example = torch.from_numpy(sample_images(model.image_size, 2))
     with _written(folder) as new, _quiet(), torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
@@ -461,7 +446,7 @@ def write_onnx(folder: str | os.PathLike[str], model: Portable, *, int8: bool = 
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         _package(name)
-    model = _settled(model)
+    model = copy.deepcopy(model).requires_grad_(False)
     example = torch.from_numpy(sample_images(model.image_size, 2))
     large = sum(p.numel() * p.element_size() for p in model.parameters()) > _ONNX_LIMIT
     folder = Path(folder)

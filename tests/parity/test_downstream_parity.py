@@ -95,7 +95,10 @@ def test_anti_spoofing_head_on_features(arrays):
     head = fas_head(arrays, "fas_embedder", "fas_classifier_before", quirk=False, dim=dim)
     embedding = head.embedding(arrays["fas_in"])
     torch.testing.assert_close(embedding, arrays["fas_embedding"], **CLOSE)
+    before = head.fc.weight.clone()
     torch.testing.assert_close(head.classify(embedding), arrays["fas_logits"], **CLOSE)
+    assert torch.equal(head.fc.weight, before)  # only training changes it
+    torch.testing.assert_close(head.train().classify(embedding), arrays["fas_logits"], **CLOSE)
     torch.testing.assert_close(head.fc.weight, arrays["fas_classifier_after/classifier_layer.weight"], **CLOSE)
 
 

@@ -62,8 +62,9 @@ class AdapterHead(nn.Module):
 class FASHead(nn.Module):
     """Anti-spoofing head: Linear to 512 → ReLU → Dropout → x / sqrt(2 ‖x‖) → Linear with weights of unit length.
 
-    The classifier's weight is L2-normalised over the class axis, in place, before every forward: checkpoints hold
-    whatever the last optimiser step left.
+    The classifier works with its weight L2-normalised over the class axis. In training that is done in place, before
+    every forward, as the published code does it: checkpoints hold whatever the last optimiser step left. In evaluation
+    the weight stays as it is, so that a score does not depend on how many faces were scored before.
 
     Args:
         dim: width of the pooled feature.
@@ -113,6 +114,8 @@ class FASHead(nn.Module):
 
     def classify(self, embedding: Tensor) -> Tensor:
         """(B, 512) → logits (B, classes)."""
+        if not self.training:
+            return F.linear(embedding, F.normalize(self.fc.weight, dim=0), self.fc.bias)
         # Through .data: not part of the gradient, and no version check fails when two batches run before one backward.
         self.fc.weight.data.copy_(F.normalize(self.fc.weight.data, dim=0))
         return self.fc(embedding)

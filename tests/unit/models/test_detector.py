@@ -191,8 +191,12 @@ def test_anti_spoofing_head_survives_dead_units(quirk):
 
 
 def test_anti_spoofing_classifier_is_normalised_over_classes_before_each_forward():
-    head = FASHead(8).eval()
+    head = FASHead(8, dropout=0)
     torch.nn.init.normal_(head.fc.weight, std=3)
+    before, feature = head.fc.weight.clone(), torch.randn(3, 8)
+    evaluated = head.eval()(feature).logits
+    assert torch.equal(head.fc.weight, before)  # a score must not depend on how often the head was used
+    torch.testing.assert_close(head.train()(feature).logits, evaluated)
     losses = [head(torch.randn(3, 8)).logits.sum() for _ in range(2)]  # two forwards, then one backward
     sum(losses).backward()
     torch.testing.assert_close(head.fc.weight.norm(dim=0), torch.ones(512))
