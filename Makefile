@@ -14,11 +14,12 @@ help:  ## this list
 install: $(STAMP)  ## make the environment in .venv and install the package with its development tools
 
 # uv installs the same packages several times faster than pip and shares files between environments; pip is the fallback.
+# Compiled at once, as pip does: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would do it anew.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"fsvfm needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; choose another one with PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
-	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install -e '.[dev]' || $(BIN)/python -m pip install -e '.[dev]'
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --compile-bytecode -e '.[dev]' || $(BIN)/python -m pip install -e '.[dev]'
 	@touch $@
 
 demo: install  ## portraits → pre-training → two detectors → evaluation → report.html; finished steps are not repeated
