@@ -23,7 +23,8 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from fsvfm.checkpoint import Checkpoint
-from fsvfm.evaluation import LoadedDetector, predict
+from fsvfm.evaluation import predict
+from fsvfm.loaded_detector import LoadedDetector
 from fsvfm.metrics.forgery import summarise
 from fsvfm.models.detector import build_detector
 

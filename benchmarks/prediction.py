@@ -1,31 +1,33 @@
 """Latency of prediction: a photograph and a minute of video, end to end, and the memory that a long video takes.
 
-    python benchmarks/prediction.py --photo face.jpg [--ckpt <detector>] [--minutes 1 10] [--all] [--output x.json]
+    python benchmarks/prediction.py --photo face.jpg [--ckpt <detector>] [--minutes 1 60] [--all] [--output x.json]
 
 Without `--ckpt` a ViT-B with random weights stands for a detector: it takes as long as a trained one. The video is made
 for the purpose: 25 frames per second of 1280×720, H.264, in which the photograph (it must show a face) moves before a
-noisy background. Times are wall-clock, with as many CPU threads as OMP_NUM_THREADS says or the machine has; models are
-loaded before. The same 32 frames are also scored with nothing overlapping: decoding, finding faces and the network one
-after the other. `--all` also scores every frame of the first video, not only 32. Memory is the highest resident size of
-a process of its own that scores every fifth frame, one for each length, so that nothing else is in it. What grows with
-a video would show there whatever finds and judges the faces, so that a small network scores whole frames: the face
-detector and a ViT-B would make the measurement take hours.
+noisy background. Times are wall-clock, with as many CPU threads as OMP_NUM_THREADS says or the machine has. "Loaded" is
+what a program pays that keeps the detector, as `fsvfm.serve` does; "the command" is `python -m fsvfm.predict` from its
+start to its end. The same 32 frames are also scored with nothing overlapping: decoding, finding faces and the network
+one after the other. `--all` also scores every frame of the minute, not only 32.
+
+Memory is the highest resident size of that command, of videos of several lengths: as users run it, and with every frame
+scored and written to `out`, where whatever grows with the frames must show. Face detector and ViT-B would make the
+latter take hours and need the same for every frame, so that there a ViT-Tiny scores whole frames.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import chain, repeat
+from collections.abc import Callable, Iterator
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import av
 import torch
 from common import arguments, save, wall
 from video import LENGTH, clip
@@ -35,10 +37,20 @@ from fsvfm.faces.images import load_image
 from fsvfm.faces.video import write_video
 from fsvfm.models.detector import build_detector
 from fsvfm.models.vit import vit_config
-from fsvfm.prediction import load_detector
+from fsvfm.predictor import load_detector
 
 RATE = 25
-_PEAK = "import sys; sys.path.insert(0, sys.argv[1]); import prediction; prediction.report_peak(*sys.argv[2:])"
+
+#: Runs the command and prints its highest memory in MB: not ru_maxrss, which begins with that of the starting process.
+_PEAK = """
+import sys
+from fsvfm.predict import main
+try:
+    main()
+finally:
+    status = open("/proc/self/status").read()
+    print("peak", int(status.split("VmHWM:")[1].split()[0]) / 1024)
+"""
 
 
 def random_detector(folder: Path, name: str = "vit_base") -> Path:
@@ -55,11 +67,28 @@ def random_detector(folder: Path, name: str = "vit_base") -> Path:
     return save_export(folder, network.state_dict(), meta)
 
 
-def write_minutes(path: Path, photo: Any, minutes: float) -> Path:
-    """A video of so many minutes: the clip again and again."""
-    frames = int(minutes * 60 * RATE)
+def write_minute(path: Path, photo: Any, minutes: float = 1) -> Path:
+    """A video of the clip again and again, of whole seconds."""
+    frames = round(minutes * 60) * RATE
     again = chain.from_iterable(clip(photo) for _ in repeat(None, -(-frames // LENGTH)))
-    write_video(path, (frame for _, frame in zip(range(frames), again, strict=False)), rate=RATE)
+    write_video(path, islice(again, frames), rate=RATE, gop=RATE)
+    return path
+
+
+def repeated(path: Path, source: Path, times: int) -> Path:
+    """A video so many times in a row, without encoding it anew."""
+    with av.open(str(path), "w") as target:
+        stream, start = None, 0
+        for _ in range(times):
+            with av.open(str(source)) as container:
+                pictures = container.streams.video[0]
+                stream = stream or target.add_stream_from_template(pictures)
+                for packet in container.demux(pictures):
+                    if packet.pts is None or packet.dts is None:  # the empty one at the end
+                        continue
+                    packet.pts, packet.dts, packet.stream = packet.pts + start, packet.dts + start, stream
+                    target.mux(packet)
+                start += pictures.duration
     return path
 
 
@@ -68,13 +97,31 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return min(wall(run) for _ in range(repeats))
 
 
-def report_peak(ckpt: str, video: str, frames: str) -> None:
-    """In a process of its own: score a video, print this process's highest memory in MB."""
-    found = load_detector(ckpt, device="cpu").predict(video, frames=int(frames), crop=False)
-    # Not ru_maxrss, which begins with that of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    print(json.dumps({"frames": len(found.frames), "peak_mb": round(peak, 1)}))
+def command(*words: str) -> tuple[float, float]:
+    """Run `fsvfm.predict`: seconds, and its highest memory in MB."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", _PEAK, *words], capture_output=True, text=True)
+    taken = time.perf_counter() - start
+    if done.returncode not in (0, 10, 11):
+        raise SystemExit(f"fsvfm.predict {' '.join(words)} failed:\n{done.stdout}{done.stderr}")
+    return taken, float(done.stdout.split("peak ")[1])
+
+
+def latencies(
+    options: Any, photo: Path, ckpt: str, minute: Path, predictor: Any, image: Any, crops: Any
+) -> Iterator[tuple[str, float]]:
+    """Rows of the table, as they are measured."""
+    repeats = options.repeats
+    yield "photograph, the command", seconds(lambda: command(f"ckpt={ckpt}", f"input={photo}"), repeats)
+    yield "photograph, loaded", seconds(lambda: predictor.predict(photo), repeats)
+    yield "  of it: decode, find and cut faces", seconds(lambda: predictor.crops(load_image(photo)), repeats)
+    yield "  of it: the network", seconds(lambda: predictor.score_faces(crops), repeats)
+    yield "video, 32 frames, the command", seconds(lambda: command(f"ckpt={ckpt}", f"input={minute}"), repeats)
+    yield "video, 32 frames, loaded", seconds(lambda: predictor.predict(minute), repeats)
+    with patch("fsvfm.predictor.ahead", lambda items, depth: (item for item in items)):
+        yield "  one thing after the other", seconds(lambda: predictor.predict(minute), repeats)
+    if options.all:
+        yield "video, every frame, loaded", seconds(lambda: predictor.predict(minute, frames=0), 1)
 
 
 def main() -> None:
@@ -82,62 +129,43 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--photo", type=Path, required=True, help="photograph with a face")
     parser.add_argument("--ckpt", help="a detector; default a ViT-B with random weights")
-    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 10], help="lengths of the videos")
-    parser.add_argument("--all", action="store_true", help="also time every frame of the first video")
-    parser.add_argument("--repeats", type=int, default=2, help="of every measurement; the fastest counts")
+    parser.add_argument("--minutes", type=int, nargs="*", default=[1, 10], help="lengths of the videos for the memory")
+    parser.add_argument("--all", action="store_true", help="also time every frame of the minute")
+    parser.add_argument("--repeats", type=int, default=3, help="of every measurement; the fastest counts")
     options = parser.parse_args()
     if options.dry:
-        options.minutes, options.repeats = [0.05], 1
+        options.minutes, options.repeats = [1, 2], 1
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ckpt = options.ckpt or str(random_detector(folder / "vit_base"))
-        start = time.perf_counter()
         predictor = load_detector(ckpt, device="cpu")
-        loading = time.perf_counter() - start
-        image = load_image(options.photo)
-        predictor.predict(options.photo)  # loads the face detector
+        photo, image = options.photo.absolute(), load_image(options.photo)
         crops = [face for _, face in predictor.crops(image)]
         if not crops:
             parser.error(f"no face found in {options.photo}")
-        videos = {m: write_minutes(folder / f"{m:g}.mp4", image, m) for m in options.minutes}
-        first = videos[options.minutes[0]]
-        height, width = image.shape[:2]
-        rows = {
-            "load the detector": loading,
-            f"one photograph ({width}×{height}, {len(crops)} face(s)), end to end": seconds(
-                lambda: predictor.predict(options.photo), options.repeats
-            ),
-            "  of it: decode, find and cut faces": seconds(
-                lambda: predictor.crops(load_image(options.photo)), options.repeats
-            ),
-            "  of it: the network": seconds(lambda: predictor.score_faces(crops), options.repeats),
-            f"{options.minutes[0]:g} min of 720p video, 32 frames": seconds(
-                lambda: predictor.predict(first), options.repeats
-            ),
-        }
-        with patch("fsvfm.prediction.ahead", lambda items, depth: (item for item in items)):
-            rows["  one thing after the other"] = seconds(lambda: predictor.predict(first), options.repeats)
-        if options.all:
-            rows[f"{options.minutes[0]:g} min of 720p video, every frame"] = seconds(
-                lambda: predictor.predict(first, frames=0), 1
-            )
+        minute = write_minute(folder / "minute.mp4", image, 1 / 60 if options.dry else 1)
+        print(f"{torch.get_num_threads()} CPU threads of {os.cpu_count()}; {Path(ckpt).parent.name}")
+        print(f"photograph of {image.shape[1]}×{image.shape[0]} with {len(crops)} face(s); video of 1280×720")
+        rows = {}
+        for label, value in latencies(options, photo, ckpt, minute, predictor, image, crops):
+            rows[label] = value
+            print(f"{label:<60}{value:>9.2f} s", flush=True)
         small = str(random_detector(folder / "vit_tiny", "vit_tiny"))
-        peaks = {}
-        for minutes, video in videos.items():
-            command = [sys.executable, "-c", _PEAK, str(Path(__file__).parent), small, str(video)]
-            done = subprocess.run(
-                [*command, str(int(minutes * 60 * RATE / 5))], capture_output=True, text=True, check=True
-            )
-            peaks[f"{minutes:g}"] = json.loads(done.stdout)
-
-    threads = torch.get_num_threads()
-    print(f"{threads} CPU threads of {os.cpu_count()}")
-    print("\n".join(f"{label:<60}{value:>9.2f} s" for label, value in rows.items()))
-    for minutes, peak in peaks.items():
-        label = f"highest memory, {minutes} min ({peak['frames']} frames scored)"
-        print(f"{label:<60}{peak['peak_mb']:>9.0f} MB")
-    save(options, {"seconds": rows, "memory": peaks})
+        memory: dict[str, dict[str, float]] = {}
+        for minutes in options.minutes:
+            video = repeated(folder / f"{minutes}.mp4", minute, minutes)
+            ways = {
+                "32 frames": ("frames=32",),
+                "every frame": ("frames=0", "crop=false", f"out={folder / 'out'}", "resume=never"),
+            }
+            for way, words in ways.items():
+                detector = ckpt if way == "32 frames" else small
+                taken, peak = command(f"ckpt={detector}", f"input={video}", *words)
+                memory.setdefault(way, {})[str(minutes)] = peak
+                print(f"{f'{minutes} min, {way}: highest memory':<60}{peak:>9.0f} MB {taken:>9.1f} s", flush=True)
+            video.unlink()
+    save(options, {"seconds": rows, "memory_mb": memory})
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fsvfm.library import create_model, evaluate_scores, load_encoder, mask_faces, parse_face
-    from fsvfm.prediction import load_detector
+    from fsvfm.predictor import load_detector
 
 _PUBLIC = {
     "create_model": "fsvfm.library",
     "evaluate_scores": "fsvfm.library",
-    "load_detector": "fsvfm.prediction",
+    "load_detector": "fsvfm.predictor",
     "load_encoder": "fsvfm.library",
     "mask_faces": "fsvfm.library",
     "parse_face": "fsvfm.library",

@@ -44,9 +44,9 @@ from torch import Tensor, nn
 from fsvfm.checkpoint import load_checkpoint, normalisation
 from fsvfm.data.transforms import normalise, resize
 from fsvfm.errors import CheckpointError, ConfigError, DataError
-from fsvfm.evaluation import LoadedDetector
 from fsvfm.faces.detect import check_rgb
 from fsvfm.faces.parse import FaceParser, make_parser
+from fsvfm.loaded_detector import LoadedDetector
 from fsvfm.loading import load_into
 from fsvfm.losses import PIXEL_EPS
 from fsvfm.models.pretrain_net import OnlineNetwork, PretrainNetConfig

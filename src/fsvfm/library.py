@@ -1,4 +1,4 @@
-"""The package's public functions besides :func:`~fsvfm.prediction.load_detector`, for use as ``fsvfm.load_encoder``."""
+"""The package's public functions besides :func:`~fsvfm.predictor.load_detector`, for use as ``fsvfm.load_encoder``."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def predict(cfg: DictConfig) -> int:
         usage = "python -m fsvfm.predict ckpt=<detector> input=<photo|video|folder|'pattern'|list.txt|webcam:0>"
         raise ConfigError(f"{' and '.join(f'{key}=…' for key in missing)} must be given: {usage}")
     from fsvfm import scoring
-    from fsvfm.prediction import load_detector, member_sources
+    from fsvfm.predictor import load_detector, member_sources
 
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     with warnings.catch_warnings(record=True) as told:

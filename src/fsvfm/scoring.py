@@ -33,7 +33,8 @@ from fsvfm.errors import ConfigError, DataError, FsvfmError
 from fsvfm.faces.images import load_image
 from fsvfm.faces.sources import Input, count, inputs, readable
 from fsvfm.faces.video import read_frames
-from fsvfm.prediction import Prediction, Predictor
+from fsvfm.prediction import Prediction
+from fsvfm.predictor import Predictor
 from fsvfm.recipes.progress import progress
 
 #: Columns of the tables and their types.
@@ -130,8 +131,9 @@ class Output:
         return _digest(readable(source)) in self._done
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Write a result; it is safe from the death of this process when this returns."""
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        """Write a result of :class:`Scoring`; it is safe from the death of this process when this returns."""
+        for part in _line(record):
+            self._file.write(part)
         self._file.flush()
         self.account.add(record)
 
@@ -169,7 +171,7 @@ class Output:
             good = 0
             for line in file:
                 try:
-                    record = json.loads(line)
+                    record = _read(line)
                     if not line.endswith(b"\n"):
                         break
                     self.account.add(record)
@@ -192,7 +194,7 @@ class Output:
     def _rows(self) -> Iterator[dict[str, Any]]:
         with (self.folder / PARTIAL).open(encoding="utf-8") as lines:
             for line in lines:
-                yield from table_rows(json.loads(line))
+                yield from table_rows(_read(line))
 
     def _write_csv(self, path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -230,7 +232,7 @@ class Scoring:
 
     Args:
         predictor: scores.
-        frames: see :meth:`~fsvfm.prediction.Predictor.predict`, like `aggregate` and `crop`.
+        frames: see :meth:`~fsvfm.predictor.Predictor.predict`, like `aggregate` and `crop`.
         aggregate: likewise.
         crop: likewise.
         out: folder for pictures.
@@ -268,7 +270,7 @@ class Scoring:
         self.explain = _explainer(encoder) if explain else None
 
     def __call__(self, each: Input, advance: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-        """Score one input; returns its record for the JSON Lines."""
+        """Score one input; returns its record for the JSON Lines, whose ``frames`` are still objects."""
         try:
             if each.error:
                 raise DataError(each.error)
@@ -300,7 +302,7 @@ class Scoring:
                 raise
             except Exception as error:  # the scores are there; a picture that is not must not take them along
                 prediction.notes.append(f"no {name} could be made ({readable(str(error))})")
-        return {**prediction.to_dict(), **made}
+        return {**prediction.summary(), **made, "frames": prediction.frames}
 
     def _place(self, folder: str, prediction: Prediction) -> Path:
         if self.out is None:
@@ -369,6 +371,23 @@ def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _line(record: Mapping[str, Any]) -> Iterator[str]:
+    """A record as a line of JSON, frame by frame: those of an hour would be hundreds of MB as dicts and text."""
+    rest = {key: value for key, value in record.items() if key != "frames"}
+    dump = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+    yield dump(rest)[:-1] + ', "frames": ['
+    for place, frame in enumerate(record["frames"]):
+        yield (", " if place else "") + dump(frame.to_dict())
+    yield "]}\n"
+
+
+def _read(line: str | bytes) -> dict[str, Any]:
+    """A record from its line, with None for every frame, which neither accounts nor tables need."""
+    keys = {"index", "time", "faces"}
+    record: dict[str, Any] = json.loads(line, object_hook=lambda found: None if found.keys() == keys else found)
+    return record
 
 
 def _digest(source: str) -> bytes:

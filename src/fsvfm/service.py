@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fsvfm.explain import Reconstructor
-    from fsvfm.prediction import Prediction, Predictor
+    from fsvfm.prediction import Prediction
+    from fsvfm.predictor import Predictor
 
 #: Pictures that are decoded; Pillow knows others that would start programs (EPS) or open further files.
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
@@ -174,7 +175,7 @@ class Service:
 
     Args:
         settings: ``ckpt``, ``encoder``, ``frames``, ``aggregate`` and what
-            :func:`~fsvfm.prediction.load_detector` takes.
+            :func:`~fsvfm.predictor.load_detector` takes.
         limits: of every upload.
 
     Attributes:
@@ -476,7 +477,7 @@ class Desk:
         import torch
 
         from fsvfm.faces.parse import make_parser
-        from fsvfm.prediction import load_detector
+        from fsvfm.predictor import load_detector
 
         limits: Limits = settings["limits"]
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // limits.concurrency))

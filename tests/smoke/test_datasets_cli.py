@@ -23,7 +23,8 @@ import fsvfm.prepare  # noqa: F401  (the command's module registers what its con
 import miniatures
 from fsvfm import build
 from fsvfm.data.manifest import Manifest
-from fsvfm.evaluation import LoadedDetector, load_detector_network, predict_manifest
+from fsvfm.evaluation import predict_manifest
+from fsvfm.loaded_detector import LoadedDetector, load_detector_network
 from fsvfm.metrics.forgery import summarise
 from fsvfm.recipes.engine import Prepared
 

@@ -19,8 +19,9 @@ from sklearn.metrics import roc_auc_score
 from fsvfm import export
 from fsvfm.checkpoint import load_checkpoint, write_published
 from fsvfm.data.manifest import Manifest
-from fsvfm.evaluation import load_detector_network, predict_manifest
+from fsvfm.evaluation import predict_manifest
 from fsvfm.exports import save_export
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.models.detector import build_detector
 from fsvfm.models.pretrain_net import build_networks
 from fsvfm.zoo import ZOO

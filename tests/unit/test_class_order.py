@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fsvfm.checkpoint import load_checkpoint, write_published
 from fsvfm.data.manifest import Manifest
 from fsvfm.errors import CheckpointError
-from fsvfm.evaluation import load_detector_network, predict_manifest
+from fsvfm.evaluation import predict_manifest
 from fsvfm.exports import save_export
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.models.detector import build_detector
 
 DIM = 192  # a width whose number of heads is known: released files do not state it

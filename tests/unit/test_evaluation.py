@@ -15,7 +15,8 @@ from fsvfm import build, evaluation
 from fsvfm.checkpoint import save_export
 from fsvfm.data.manifest import Manifest
 from fsvfm.errors import CheckpointError, ConfigError, DataError
-from fsvfm.evaluation import CorruptedFaces, calibrate_export, evaluate, load_detector_network, predict_manifest
+from fsvfm.evaluation import CorruptedFaces, calibrate_export, evaluate, predict_manifest
+from fsvfm.loaded_detector import ON_CPU, load_detector_network
 from fsvfm.metrics.calibration import apply_temperature
 from fsvfm.models.detector import build_detector
 from fsvfm.models.vit import ViTConfig
@@ -110,7 +111,7 @@ def test_batch_sizes(detector: Path) -> None:
         loaded.network = Crowded(loaded.network, room)
         assert loaded.largest_batch(64) == largest
     assert loaded.batch_size(7) == 7
-    assert loaded.batch_size("auto") == evaluation.ON_CPU
+    assert loaded.batch_size("auto") == ON_CPU
     for wrong in (0, -1, "many", None):
         with pytest.raises(ConfigError, match=f"auto, or 1 or more, got {wrong}"):
             loaded.batch_size(wrong)

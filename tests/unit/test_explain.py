@@ -18,11 +18,11 @@ from timm.utils import AttentionExtract
 
 from fsvfm.checkpoint import save_export
 from fsvfm.errors import CheckpointError, ConfigError, DataError
-from fsvfm.evaluation import LoadedDetector, load_detector_network
 from fsvfm.explain import TOLERANCE, Explanation, Reconstructor, explain, load_reconstructor, overlay, reconstruct
 from fsvfm.faces.crop import crop, square_crop
 from fsvfm.faces.detect import make_detector
 from fsvfm.faces.images import load_image
+from fsvfm.loaded_detector import LoadedDetector, load_detector_network
 from fsvfm.metrics.calibration import apply_temperature
 from fsvfm.models.detector import Detector, build_detector
 from fsvfm.models.heads import DetectorOutput

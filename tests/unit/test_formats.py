@@ -18,7 +18,6 @@ import fsvfm
 from fsvfm import formats
 from fsvfm.checkpoint import load_checkpoint, save_export
 from fsvfm.errors import CheckpointError, ConfigError, DataError
-from fsvfm.evaluation import LoadedDetector, load_detector_network
 from fsvfm.formats import (
     Portable,
     change,

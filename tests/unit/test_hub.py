@@ -20,9 +20,9 @@ import fsvfm
 from fsvfm import hub
 from fsvfm.checkpoint import load_checkpoint
 from fsvfm.errors import CheckpointError, ConfigError
-from fsvfm.evaluation import load_detector_network
 from fsvfm.exports import save_export
 from fsvfm.hub import FaceModel, Licence, choose_licence, inherited_licence, read_run, upload, write_folder
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.metrics.calibration import apply_temperature, calibrate
 from fsvfm.metrics.forgery import summarise
 from fsvfm.models.detector import build_detector

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 import fsvfm
 import miniatures
 from fsvfm.errors import CheckpointError, ConfigError, DataError, MaskingError, MetricError
-from fsvfm.evaluation import load_detector_network
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.masking import mask_budget
 from tiny_detector import write_detector
 

@@ -11,6 +11,7 @@ import tracemalloc
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from importlib import resources
 from itertools import count, islice
 from pathlib import Path
@@ -27,18 +28,20 @@ from scipy.special import expit, logit
 from scipy.stats import trim_mean
 
 import miniatures
-from fsvfm import prediction
+from fsvfm import predictor as predictor_module
 from fsvfm.checkpoint import save_export
 from fsvfm.data.manifest import Manifest
 from fsvfm.errors import CheckpointError, ConfigError, DataError
-from fsvfm.evaluation import calibrate_export, load_detector_network, predict_manifest
+from fsvfm.evaluation import calibrate_export, predict_manifest
 from fsvfm.faces.crop import crop as cut
 from fsvfm.faces.crop import square_crop
 from fsvfm.faces.detect import Box
 from fsvfm.faces.images import load_image
 from fsvfm.faces.video import frame_indices, read_frames, write_video
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.metrics.calibration import apply_temperature
-from fsvfm.prediction import AGGREGATES, Face, Prediction, Predictor, Threshold, ahead, load_detector
+from fsvfm.prediction import VERDICTS, Face, Frame, Frames, Prediction, Threshold
+from fsvfm.predictor import AGGREGATES, Predictor, ahead, in_parallel, load_detector
 from fsvfm.provenance import faces
 from fsvfm.recipes.photos import FaceExtractor
 from json_schema import violations
@@ -198,7 +201,7 @@ def test_batches_change_nothing(export: Path, predictor: Predictor, clip: Path) 
 
 
 def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("ahead", "in_parallel"))]
 
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 5), st.integers(0, 25))
@@ -241,6 +244,40 @@ def test_drawing_ahead_overlaps_with_what_is_done_with_the_items() -> None:
         assert list(several) == [2]
 
 
+@given(st.lists(st.integers(-5, 5), max_size=20), st.integers(1, 4), st.integers(0, 25))
+def test_items_dealt_with_in_parallel_keep_their_order(items: list[int], threads: int, wanted: int) -> None:
+    drawn = 0
+
+    def source() -> Iterator[int]:
+        nonlocal drawn
+        for item in items:
+            drawn += 1
+            yield item
+
+    def inverse(item: int) -> float:
+        time.sleep(0.001 * (item % 3))  # later items may be finished first
+        return 1 / item
+
+    found, error = [], None
+    with closing(in_parallel(inverse, source(), threads)) as several:
+        try:
+            for value in islice(several, wanted):
+                found.append(value)
+                assert drawn <= len(found) + threads  # memory stays bounded
+        except ZeroDivisionError as raised:
+            error = raised
+    good = items[: items.index(0)] if 0 in items else items
+    assert found == [1 / item for item in good[:wanted]]
+    assert (error is not None) == (0 in items and wanted > len(good))
+    assert _threads() == []
+
+
+def test_items_are_dealt_with_in_parallel() -> None:
+    together = threading.Barrier(3, timeout=30)
+    with closing(in_parallel(lambda item: together.wait() * 0 + item, range(6), 3)) as several:
+        assert list(several) == list(range(6))
+
+
 def test_no_more_is_drawn_ahead_than_asked_for() -> None:
     drawn = count()
     with closing(ahead(drawn, 3)) as several:
@@ -257,7 +294,7 @@ def test_overlapping_changes_nothing_and_leaves_nothing_behind(
     found = predictor.predict(clip, frames=0, advance=lambda *done: advanced.append(done))
     assert advanced == [(n, 12) for n in range(1, 13)]
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, "ahead", lambda items, depth: (item for item in items))
+        patch.setattr(predictor_module, "ahead", lambda items, depth: (item for item in items))
         assert predictor.predict(clip, frames=0).to_dict() == found.to_dict()
 
     def interrupted(done: int, total: int) -> None:
@@ -278,6 +315,58 @@ def test_overlapping_changes_nothing_and_leaves_nothing_behind(
     with pytest.raises(ZeroDivisionError, match="inside the face detector") as raised:
         predictor.predict(clip, frames=0)
     assert (raised.type, _threads()) == (ZeroDivisionError, [])
+
+
+@st.composite
+def scored_frames(draw: st.DrawFn) -> list[Frame]:
+    """Frames as they come from scoring: faces of an ensemble or of a single detector."""
+    names = draw(st.sampled_from([(), ("a", "b")]))
+    shares = st.floats(0, 1)
+
+    def face(identity: int) -> Face:
+        box = Box(*draw(st.tuples(*[st.integers(-(2**40), 2**40)] * 4)))
+        members = {name: draw(shares) for name in names}
+        return Face(identity, box, draw(shares), draw(shares), draw(st.sampled_from(VERDICTS[:3])), members)
+
+    return [
+        Frame(draw(st.integers(0, 2**40)), draw(st.none() | shares), [face(each) for each in draw(identities)])
+        for _ in range(draw(st.integers(0, 8)))
+    ]
+
+
+identities = st.lists(st.integers(0, 3), max_size=3, unique=True)
+
+
+@given(scored_frames())
+def test_frames_kept_in_columns_are_the_same(frames: list[Frame]) -> None:
+    kept = Frames(iter(frames))
+    assert list(kept) == frames
+    assert kept[1:-1] == frames[1:-1]
+    assert [kept[-n - 1] for n in range(len(frames))] == frames[::-1]
+    with pytest.raises(IndexError):
+        kept[len(frames)]
+    tracks = {track.id: track for track in kept.tracks()}
+    faces = [face for frame in frames for face in frame.faces]
+    assert list(tracks) == sorted({face.id for face in faces})
+    for identity, track in tracks.items():
+        seen = [face for face in faces if face.id == identity]
+        assert track.box == max(seen, key=lambda face: face.probability).box
+        assert track.values.tolist() == [[face.score, face.probability, *face.members.values()] for face in seen]
+    record = valid(Prediction("x", "video", faces=faces, frames=kept, threshold=Threshold("eer", 0.5, "x").describe()))
+    assert record["frames"] == json.loads(json.dumps([asdict(frame) for frame in frames]))
+
+
+def test_frames_of_an_hour_take_megabytes() -> None:
+    box = Box(600, 300, 900, 650)
+    frames = (Frame(n, n / 25, [Face(300, box, 1 / (n + 1), 1 / (n + 2), "real")]) for n in range(9000))
+    tracemalloc.start()
+    try:
+        kept = Frames(frames)
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(kept) == 9000
+    assert taken < 9000 * 130  # objects would take 700 bytes each
 
 
 def test_a_flicker_does_not_decide_about_a_video() -> None:

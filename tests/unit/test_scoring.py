@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import struct
+import tracemalloc
 import wave
 import zlib
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from fsvfm import scoring
 from fsvfm.errors import ConfigError, DataError
 from fsvfm.faces.sources import Input
 from fsvfm.faces.video import write_video
-from fsvfm.prediction import Prediction, Predictor, load_detector
+from fsvfm.prediction import Frame, Frames, Prediction
+from fsvfm.predictor import Predictor, load_detector
 from fsvfm.scoring import Account, Scoring, picture_name, run
 from json_schema import violations
 from tiny_detector import write_detector
@@ -238,6 +241,39 @@ def test_faces_are_explained(predictor: Predictor, face: np.ndarray, tmp_path: P
     assert not list(out.rglob(".*"))
 
 
+def test_results_of_a_long_video_take_no_more_memory(
+    predictor: Predictor, face: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    miniatures.write_clip(tmp_path / "long.mp4", face)
+    scored = predictor.predict(tmp_path / "long.mp4", frames=1)
+    (frame,) = scored.frames
+
+    class Patient(Predictor):
+        """As if the clip had very many frames."""
+
+        def predict(self, x: Any, **options: Any) -> Prediction:
+            many = (Frame(number, number / 25, frame.faces) for number in range(self.number))
+            return replace(scored, frames=Frames(many))
+
+    def peak(number: int) -> int:
+        patient = Patient(dict(zip(predictor.names, predictor.members, strict=True)))
+        patient.number = number
+        tracemalloc.start()
+        try:
+            run(patient, tmp_path / "long.mp4", {}, out=tmp_path / str(number))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # what is loaded once
+    # Numbers in columns, and the line of text that the tables are made from; the frames as dicts would take 2 kB each.
+    assert peak(8000) - peak(10) < 8000 * 580
+    (record,) = records(tmp_path / "8000")
+    assert [each["index"] for each in record["frames"]] == list(range(8000))
+    assert record["frames"][7]["faces"] == record["frames"][0]["faces"] == [frame.faces[0].to_dict()]
+    _check_tables(tmp_path / "8000")
+
+
 def test_members_have_columns(predictor: Predictor, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     members = {"first": predictor.members[0], "second": predictor.members[0]}
@@ -271,7 +307,7 @@ def test_an_unforeseen_error_is_one_inputs_result(predictor: Predictor, tmp_path
 
     members = dict(zip(predictor.names, predictor.members, strict=True))
     record = Scoring(Broken(members))(Input("x.jpg", "photo"))
-    assert violations(record, SCHEMA) == []
+    assert violations({**record, "frames": list(record["frames"])}, SCHEMA) == []
     assert record["error"] == "x.jpg cannot be scored (ZeroDivisionError: inside a decoder)"
     record = Scoring(predictor)(Input("x.jpg", "photo", "known before"))
     assert record["error"] == "known before"

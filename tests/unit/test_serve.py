@@ -30,7 +30,7 @@ import miniatures
 from fsvfm import page, serve
 from fsvfm.errors import ConfigError, DataError
 from fsvfm.masking import STRATEGIES
-from fsvfm.prediction import load_detector
+from fsvfm.predictor import load_detector
 from fsvfm.service import Limits, Scored, Service, plain_name
 from json_schema import violations
 from tiny_detector import write_detector

@@ -19,11 +19,11 @@ from torch import Tensor
 from fsvfm import build
 from fsvfm.checkpoint import encoder_state, load_backbone, load_checkpoint, normalisation, resize_pos_embed
 from fsvfm.errors import CheckpointError, ConfigError
-from fsvfm.evaluation import load_detector_network
 from fsvfm.explain import explain
 from fsvfm.exports import save_export
 from fsvfm.formats import Portable, write_timm
 from fsvfm.library import load_encoder
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.models import timm_backbone
 from fsvfm.models.detector import build_detector, cost
 from fsvfm.models.vit import ViTConfig, create_backbone, vit_config

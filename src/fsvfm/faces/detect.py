@@ -57,7 +57,9 @@ class FaceDetector(Protocol):
 class DlibHOG:
     """dlib's frontal HOG detector, as the papers use it for every data set.
 
-    The object is cheap to copy to worker processes: dlib's part is made at the first call and is not pickled.
+    It may be called by several threads at once: dlib computes outside Python's lock, on one core, and each call has one
+    of dlib's detectors, which remember what they are at, for itself. The object is cheap to copy to worker processes:
+    dlib's part is made when it is needed and is not pickled.
 
     Args:
         upsample: how often the picture is doubled before the search; 1 finds faces from about 40 pixels.
@@ -69,7 +71,7 @@ class DlibHOG:
             raise ConfigError(f"upsample must be 0 or more, got {upsample}")
         self.upsample = upsample
         self.threshold = threshold
-        self._detector: Any = None
+        self._idle: list[Any] = []
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
         """Find frontal faces.
@@ -84,14 +86,17 @@ class DlibHOG:
             DataError: not such an image.
         """
         check_rgb(image)
-        if self._detector is None:
-            self._detector = dlib.get_frontal_face_detector()
-        rectangles, scores, _ = self._detector.run(np.ascontiguousarray(image), self.upsample, self.threshold)
+        try:
+            detector = self._idle.pop()
+        except IndexError:
+            detector = dlib.get_frontal_face_detector()
+        rectangles, scores, _ = detector.run(np.ascontiguousarray(image), self.upsample, self.threshold)
+        self._idle.append(detector)
         found = [Detection(_box(rectangle), float(score)) for rectangle, score in zip(rectangles, scores, strict=True)]
         return sorted(found, key=lambda detection: -detection.score)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_detector": None}
+        return {**self.__dict__, "_idle": []}
 
 
 def _box(rectangle: Any) -> Box:

@@ -9,7 +9,8 @@ few per cent of decoding them.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -109,14 +110,14 @@ def read_frames(path: str | Path, indices: Iterable[int] | None = None) -> Itera
             a wanted frame that cannot be (for all frames: fewer than the container claims).
     """
     path = Path(path)
-    info, places = _survey(path)
+    info, times = _survey(path)
     expected = max(info.frames, info.claimed)
     wanted = _Wanted(range(expected) if indices is None else indices, path)
     read = 0
     if wanted.index is None:
         return
     with _open(path) as (container, stream):
-        for index, frame in _numbered(container, stream, places, wanted):
+        for index, frame in _numbered(container, stream, times, wanted):
             while wanted.index is not None and wanted.index < index:
                 wanted.give_up()
             if wanted.index == index and frame.is_corrupt:
@@ -224,46 +225,56 @@ class _Wanted:
         self.advance()
 
 
-def _survey(path: Path) -> tuple[VideoInfo, dict[int, int]]:
-    """What :func:`probe` says, and the place of every frame by its time stamp; no places where that tells nothing."""
+def _survey(path: Path) -> tuple[VideoInfo, np.ndarray]:
+    """What :func:`probe` says, and the frames' time stamps in order, int64; none where they tell nothing."""
     with _open(path) as (container, stream):
         first: VideoFrame | None = None
-        hidden = 0
-        times: list[int | None] = []
+        hidden = pictures = 0
+        stamps = array("q")
         for packet in _packets(container, stream):
             if packet.size and packet.is_discard:
                 hidden += 1  # cut away by the container's edit list; decoders do not show it
             elif packet.size:
-                times.append(packet.pts)
+                pictures += 1
+                if packet.pts is not None:
+                    stamps.append(packet.pts)
             if first is None:
                 first = next(_decoded(packet), None)
         if first is None:
-            raise DataError(f"{path}: none of its {len(times)} pictures can be decoded; the file is damaged")
+            raise DataError(f"{path}: none of its {pictures} pictures can be decoded; the file is damaged")
         height, width = first.height, first.width
         rotation = _rotation(first)
         if rotation in (90, 270):
             width, height = height, width
         claimed = max(stream.frames - hidden, 0)
-        info = VideoInfo(len(times), width, height, float(stream.average_rate or 0), rotation, claimed)
-        known = {time for time in times if time is not None}
+        info = VideoInfo(pictures, width, height, float(stream.average_rate or 0), rotation, claimed)
+        times = np.unique(np.asarray(stamps))
         # Of H.264 in containers with honest times it is certain that a packet is a frame, and which may be skipped.
         honest = container.format.name.startswith(("mov,", "matroska,"))
-        certain = honest and stream.codec_context.name == "h264" and len(known) == len(times)
-        return info, {time: place for place, time in enumerate(sorted(known))} if certain else {}
+        certain = honest and stream.codec_context.name == "h264" and len(times) == pictures
+        return info, times if certain else times[:0]
+
+
+def _place(times: np.ndarray, time: int | None) -> int:
+    """Which of the frames shows at a time; -1 if none does."""
+    if time is None:
+        return -1
+    place = int(times.searchsorted(time))
+    return place if place < len(times) and times[place] == time else -1
 
 
 def _numbered(
-    container: InputContainer, stream: VideoStream, places: Mapping[int, int], wanted: _Wanted
+    container: InputContainer, stream: VideoStream, times: np.ndarray, wanted: _Wanted
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Frames with their index: all that are wanted, and of the others at least those that these refer to."""
     decoded = 0
     for packet in _packets(container, stream):
-        if places and wanted.index is not None:
+        if len(times) and wanted.index is not None:
             # Frames to which no other refers need no decoding before the wanted one; often they are half of all.
-            passed = packet.pts is not None and places.get(packet.pts, wanted.index) < wanted.index
+            passed = 0 <= _place(times, packet.pts) < wanted.index
             stream.codec_context.skip_frame = "NONREF" if passed else "DEFAULT"
         for frame in _decoded(packet):
-            index = decoded if not places else -1 if frame.pts is None else places.get(frame.pts, -1)
+            index = _place(times, frame.pts) if len(times) else decoded
             decoded += 1
             yield index, frame
 

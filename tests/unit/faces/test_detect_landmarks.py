@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ def test_a_face_is_found_best_first(portrait: np.ndarray) -> None:
     width = portrait.shape[1]
     lefts = sorted(d.box.left for d in found)
     assert lefts[0] < width < 2 * width < lefts[1]
+
+
+def test_several_threads_may_look_for_faces_at_once(portrait: np.ndarray) -> None:
+    height, width = portrait.shape[:2]
+    pictures = [np.roll(portrait, shift, axis=1)[: height - 3 * shift] for shift in range(-width // 4, width // 4, 17)]
+    detector = DlibHOG(upsample=0)
+    expected = [detector(picture) for picture in pictures]
+    assert len({tuple(found) for found in expected}) > len(pictures) // 2
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert list(pool.map(detector, pictures)) == expected
 
 
 def test_no_face_is_an_empty_list() -> None:

@@ -25,9 +25,9 @@ from fsvfm.data.datasets import LabelledFaces
 from fsvfm.data.manifest import Manifest
 from fsvfm.data.transforms import test_transform as plain_transform
 from fsvfm.errors import ConfigError
-from fsvfm.evaluation import load_detector_network
 from fsvfm.exports import save_export
 from fsvfm.faces.images import save_png
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.models.detector import build_detector
 from fsvfm.tasks.forgery import ForgeryTask
 from fsvfm.tasks.pretrain import PretrainTask

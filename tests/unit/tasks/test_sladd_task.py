@@ -22,9 +22,9 @@ from fsvfm.data.datasets import collate
 from fsvfm.data.manifest import Manifest
 from fsvfm.data.pairs import PairData, Pairs
 from fsvfm.errors import CheckpointError, ConfigError
-from fsvfm.evaluation import load_detector_network
 from fsvfm.faces.images import save_png
 from fsvfm.faces.synthesis import BLENDINGS, REGIONS
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.models.sladd import KINDS, Actions, Backbone, Choices, Policy, choose
 from fsvfm.models.sladd import build as build_parts
 from fsvfm.tasks.sladd import Forged, SladdTask, am_softmax, policy_loss, with_mirror_images
