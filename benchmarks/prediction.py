@@ -118,7 +118,10 @@ def latencies(
     yield "  of it: the network", seconds(lambda: predictor.score_faces(crops), repeats)
     yield "video, 32 frames, the command", seconds(lambda: command(f"ckpt={ckpt}", f"input={minute}"), repeats)
     yield "video, 32 frames, loaded", seconds(lambda: predictor.predict(minute), repeats)
-    with patch("fsvfm.predictor.ahead", lambda items, depth: (item for item in items)):
+    with (
+        patch("fsvfm.predictor.ahead", lambda items, depth: (item for item in items)),
+        patch("fsvfm.predictor.in_parallel", lambda function, items, *_: (function(item) for item in items)),
+    ):
         yield "  one thing after the other", seconds(lambda: predictor.predict(minute), repeats)
     if options.all:
         yield "video, every frame, loaded", seconds(lambda: predictor.predict(minute, frames=0), 1)

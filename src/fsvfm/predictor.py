@@ -46,11 +46,11 @@ SCALE = 1.3
 #: A video of which more than this share cannot be read gets an error instead of a verdict.
 UNREADABLE = 0.1
 
-#: Frames that are decoded, and frames whose faces are found, before those before them are dealt with.
-DECODED, FOUND = 2, 8
-
 #: Most frames in which faces are looked for at the same time; each takes some 50 MB at 1280 pixels, and one core.
 SEARCHED = 8
+
+#: Frames that are decoded, and frames whose faces wait for the network, before those before them are dealt with.
+DECODED, FOUND = 2, 8
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -93,18 +93,18 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T]:
         pool.shutdown(cancel_futures=True)
 
 
-def in_parallel(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R]:
-    """What a function gives for each of the items, in their order, with so many items being dealt with at a time.
+def in_parallel(function: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Generator[R]:
+    """What a function gives for each of the items, in their order, made by so many threads.
 
-    At most one item more than there are threads is waiting. What goes wrong is raised here, in the place of the item;
-    closing this ends the threads, each after the item that it is at.
+    Up to `depth` results are made, or being made, before they are asked for. What goes wrong is raised here, in the
+    place of the item; closing this ends the threads, each after the item that it is at.
     """
     pool = ThreadPoolExecutor(threads, "in_parallel")
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > threads:
+            if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -344,11 +344,7 @@ class Predictor:
 
         # Decoding, finding faces and the network overlap. Other face detectors are networks, with threads of their own.
         threads = min(torch.get_num_threads(), SEARCHED) if self.face_detector == "dlib_hog" else 1
-        with (
-            closing(ahead(wanted(), DECODED)) as images,
-            closing(self._found(images, crop, threads)) as followed,
-            closing(ahead(followed, FOUND)) as found,
-        ):
+        with closing(ahead(wanted(), DECODED)) as images, closing(self._found(images, crop, threads)) as found:
             done = Frames(self._scored(found, _of(advance, len(indices))))
         absent = max(info.claimed - info.frames, 0) / max(info.claimed, 1)
         missed = len(indices) - len(done)
@@ -376,7 +372,8 @@ class Predictor:
             return Frame(index, time, []), [found for found, _ in faces], [self._prepared(face) for _, face in faces]
 
         tracker = Tracker()
-        with closing(in_parallel(look, images, threads) if threads else (look(each) for each in images)) as looked:
+        looking = in_parallel(look, images, threads, threads + FOUND) if threads else (look(each) for each in images)
+        with closing(looking) as looked:
             for frame, detections, faces in looked:
                 boxes = [(identity, each.box) for identity, each in zip(tracker(detections), detections, strict=True)]
                 yield _Found(frame, boxes, faces)

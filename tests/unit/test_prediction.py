@@ -244,8 +244,8 @@ def test_drawing_ahead_overlaps_with_what_is_done_with_the_items() -> None:
         assert list(several) == [2]
 
 
-@given(st.lists(st.integers(-5, 5), max_size=20), st.integers(1, 4), st.integers(0, 25))
-def test_items_dealt_with_in_parallel_keep_their_order(items: list[int], threads: int, wanted: int) -> None:
+@given(st.lists(st.integers(-5, 5), max_size=20), st.integers(1, 4), st.integers(1, 6), st.integers(0, 25))
+def test_items_dealt_with_in_parallel_keep_their_order(items: list[int], threads: int, depth: int, wanted: int) -> None:
     drawn = 0
 
     def source() -> Iterator[int]:
@@ -259,11 +259,11 @@ def test_items_dealt_with_in_parallel_keep_their_order(items: list[int], threads
         return 1 / item
 
     found, error = [], None
-    with closing(in_parallel(inverse, source(), threads)) as several:
+    with closing(in_parallel(inverse, source(), threads, depth)) as several:
         try:
             for value in islice(several, wanted):
                 found.append(value)
-                assert drawn <= len(found) + threads  # memory stays bounded
+                assert drawn <= len(found) + depth  # memory stays bounded
         except ZeroDivisionError as raised:
             error = raised
     good = items[: items.index(0)] if 0 in items else items
@@ -274,7 +274,7 @@ def test_items_dealt_with_in_parallel_keep_their_order(items: list[int], threads
 
 def test_items_are_dealt_with_in_parallel() -> None:
     together = threading.Barrier(3, timeout=30)
-    with closing(in_parallel(lambda item: together.wait() * 0 + item, range(6), 3)) as several:
+    with closing(in_parallel(lambda item: together.wait() * 0 + item, range(6), 3, 3)) as several:
         assert list(several) == list(range(6))
 
 
