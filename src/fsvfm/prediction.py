@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -140,6 +140,13 @@ class Frames(Sequence[Frame]):
 
     def _box_of(self, row: int) -> Box:
         return Box(*self._box[4 * row : 4 * row + 4])
+
+    def rename(self, aliases: Mapping[int, int]) -> None:
+        """Give faces other ids: id → the one to have instead, which may have another one in turn."""
+        for row, old in enumerate(self._id):
+            while old in aliases:
+                old = aliases[old]
+            self._id[row] = old
 
     def tracks(self) -> Iterator[Track]:
         """Every face that was followed, by its id."""

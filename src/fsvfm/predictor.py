@@ -31,6 +31,7 @@ from fsvfm.faces.align import align, five_points
 from fsvfm.faces.crop import crop as cut
 from fsvfm.faces.crop import square_crop
 from fsvfm.faces.detect import Box, Detection, check_rgb, find_faces, make_detector
+from fsvfm.faces.identity import Person, Recogniser
 from fsvfm.faces.images import load_image, to_rgb
 from fsvfm.faces.landmarks import Landmarks68
 from fsvfm.faces.sources import WEBCAM, kind_of, readable
@@ -45,6 +46,9 @@ SCALE = 1.3
 
 #: A video of which more than this share cannot be read gets an error instead of a verdict.
 UNREADABLE = 0.1
+
+#: Frames that are no further apart (in seconds, at 25 a second where the file tells no rate) show a face in one place.
+NEAR = 0.2
 
 #: Most frames in which faces are looked for at the same time; each takes some 50 MB at 1280 pixels, and one core.
 SEARCHED = 8
@@ -166,7 +170,7 @@ class Predictor:
         self.face_detector, self.max_side = face_detector, max_side
         self.batch_size = min(member.batch_size(batch_size) for member in self.members)
         self.notes = [note for name, member in members.items() for note in _remarks(name, member, face_detector)]
-        self._detect = make_detector(face_detector)
+        self._detect, self._recogniser = make_detector(face_detector), Recogniser()
         cuts = {name: _cut(member) for name, member in members.items()}
         if len(set(cuts.values())) > 1:
             listed = ", ".join(
@@ -313,8 +317,11 @@ class Predictor:
         if kind == "video":
             return self._video(str(x), frames, aggregate, crop, advance)
         # One by one: what is waiting in a batch would be lost when the recording is interrupted.
-        found = self._scored(self._found(_camera(str(x), frames), crop), _of(advance, frames), batch=1)
-        return self._followed(str(x), kind, Frames(_until_interrupted(found)), aggregate, [])
+        tracker = Tracker()
+        found = self._scored(self._found(_camera(str(x), frames), crop, tracker), _of(advance, frames), batch=1)
+        done = Frames(_until_interrupted(found))
+        done.rename(tracker.aliases)
+        return self._followed(str(x), kind, done, aggregate, [])
 
     def failed(self, source: str, kind: str, error: str) -> Prediction:
         """The result of an input that cannot be scored."""
@@ -323,10 +330,7 @@ class Predictor:
     def _photo(self, image: np.ndarray, source: str, crop: bool) -> Prediction:
         check_rgb(image)
         (frame,) = self._scored(self._found([(0, None, image)], crop))
-        faces = frame.faces
-        for number, face in enumerate(faces):
-            face.id = number  # the tracker's own ids mean nothing in a single picture
-        return self._judged(Prediction(source, "photo", faces=faces, frames=[frame]), [])
+        return self._judged(Prediction(source, "photo", faces=frame.faces, frames=[frame]), [])
 
     def _video(
         self, source: str, frames: int, aggregate: str, crop: bool, advance: Callable[[int, int], None] | None
@@ -344,7 +348,12 @@ class Predictor:
 
         # Decoding, finding faces and the network overlap. Other face detectors are networks, with threads of their own.
         threads = min(torch.get_num_threads(), SEARCHED) if self.face_detector == "dlib_hog" else 1
-        with closing(ahead(wanted(), DECODED)) as images, closing(self._found(images, crop, threads)) as found:
+        seconds = (indices[-1] - indices[0]) / max(len(indices) - 1, 1) / (info.rate or 25)
+        tracker = Tracker(near=seconds <= NEAR or not crop)
+        with (
+            closing(ahead(wanted(), DECODED)) as images,
+            closing(self._found(images, crop, tracker, threads)) as found,
+        ):
             done = Frames(self._scored(found, _of(advance, len(indices))))
         absent = max(info.claimed - info.frames, 0) / max(info.claimed, 1)
         missed = len(indices) - len(done)
@@ -357,25 +366,36 @@ class Predictor:
         notes = [f"{missed} of {len(indices)} frames could not be read"] if missed else []
         if absent:
             notes.append(f"the file holds {info.frames} of the {info.claimed} frames that it claims")
+        done.rename(tracker.aliases)
         return self._followed(source, "video", done, aggregate, notes)
 
     def _found(
-        self, images: Iterable[tuple[int, float | None, np.ndarray]], crop: bool, threads: int = 0
+        self,
+        images: Iterable[tuple[int, float | None, np.ndarray]],
+        crop: bool,
+        tracker: Tracker | None = None,
+        threads: int = 0,
     ) -> Generator[_Found]:
-        """Faces of frames, followed from one to the next; looked for here, or in so many threads."""
+        """Faces of frames, followed by a tracker, or numbered where there is none; looked for here, or in threads."""
 
         def look(
             picture: tuple[int, float | None, np.ndarray],
-        ) -> tuple[Frame, list[Detection], list[dict[int, np.ndarray]]]:
+        ) -> tuple[Frame, list[Detection], list[Person] | None, list[dict[int, np.ndarray]]]:
             index, time, image = picture
             faces = self._faces(image) if crop else [_whole(image)]
-            return Frame(index, time, []), [found for found, _ in faces], [self._prepared(face) for _, face in faces]
+            people = None
+            if tracker is not None and crop:  # pictures that are face crops already show one person
+                people = [self._recogniser(image, found.box) for found, _ in faces]
+                if not tracker.near:
+                    _ = [person.descriptor for person in people]  # all are needed; here, where threads share the work
+            prepared = [self._prepared(face) for _, face in faces]
+            return Frame(index, time, []), [found for found, _ in faces], people, prepared
 
-        tracker = Tracker()
         looking = in_parallel(look, images, threads, threads + FOUND) if threads else (look(each) for each in images)
         with closing(looking) as looked:
-            for frame, detections, faces in looked:
-                boxes = [(identity, each.box) for identity, each in zip(tracker(detections), detections, strict=True)]
+            for frame, detections, people, faces in looked:
+                ids = range(len(detections)) if tracker is None else tracker(detections, people)
+                boxes = [(identity, each.box) for identity, each in zip(ids, detections, strict=True)]
                 yield _Found(frame, boxes, faces)
 
     def _scored(

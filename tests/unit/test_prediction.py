@@ -189,6 +189,36 @@ def test_a_video_is_followed_face_by_face(predictor: Predictor, clip: Path) -> N
     assert [frame.index for frame in sparse.frames] == frame_indices(12, 5)
 
 
+@pytest.mark.parametrize("rate", [25, 1])
+def test_who_moves_stays_one_face_and_a_cut_brings_another(
+    predictor: Predictor, media_dir: Path, tmp_path: Path, rate: int
+) -> None:
+    """Of one person who jumps from side to side a frame of another one is in the middle, where the first one was."""
+    ann, bob = miniatures.faces(media_dir)[0], miniatures.faces(media_dir)[3]  # the first three show one person
+    empty = np.full_like(ann, 90)
+    shots = [np.hstack(each) for each in ((ann, empty), (empty, ann), (ann, empty), (bob, empty), (empty, ann))]
+    write_video(tmp_path / "cut.mkv", shots, rate=rate, crf=5)
+    found = predictor.predict(tmp_path / "cut.mkv", frames=0)
+    ids = [[face.id for face in frame.faces] for frame in found.frames]
+    if rate == 1:  # a second apart: boxes tell nothing
+        assert ids == [[0], [0], [0], [1], [0]]
+    else:  # as close as frames of one shot: the box does
+        assert ids == [[0], [0], [0], [0], [0]]
+    assert sum(face.frames for face in found.faces) == 5
+
+
+def test_a_blurred_face_is_renamed_when_its_person_is_known(
+    predictor: Predictor, media_dir: Path, tmp_path: Path
+) -> None:
+    ann = miniatures.faces(media_dir)[0]
+    empty, blurred = np.full_like(ann, 90), cv2.GaussianBlur(ann, (0, 0), 4)
+    shots = [(ann, empty)] * 4 + [(empty, empty)] * 8 + [(empty, blurred)] + [(empty, ann)] * 3
+    write_video(tmp_path / "back.mkv", [np.hstack(shot) for shot in shots], rate=25, crf=5)
+    found = predictor.predict(tmp_path / "back.mkv", frames=0)
+    assert [[face.id for face in frame.faces] for frame in found.frames] == [[0]] * 4 + [[]] * 8 + [[0]] * 4
+    assert [(face.id, face.frames) for face in found.faces] == [(0, 8)]
+
+
 def test_batches_change_nothing(export: Path, predictor: Predictor, clip: Path) -> None:
     whole = predictor.predict(clip, frames=0).to_dict()
     for size in (1, 5, 64):
@@ -352,6 +382,10 @@ def test_frames_kept_in_columns_are_the_same(frames: list[Frame]) -> None:
         seen = [face for face in faces if face.id == identity]
         assert track.box == max(seen, key=lambda face: face.probability).box
         assert track.values.tolist() == [[face.score, face.probability, *face.members.values()] for face in seen]
+    kept.rename({3: 2, 2: 0})
+    renamed = [[{3: 0, 2: 0}.get(face.id, face.id) for face in frame.faces] for frame in frames]
+    assert [[face.id for face in frame.faces] for frame in kept] == renamed
+    kept = Frames(frames)
     record = valid(Prediction("x", "video", faces=faces, frames=kept, threshold=Threshold("eer", 0.5, "x").describe()))
     assert record["frames"] == json.loads(json.dumps([asdict(frame) for frame in frames]))
 

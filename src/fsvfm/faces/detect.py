@@ -7,6 +7,7 @@ faces; they are networks, slow without a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ import dlib
 import numpy as np
 
 from fsvfm.errors import ConfigError, DataError, FaceModelError
-from fsvfm.faces.networks import DETECTOR, DETECTOR_URL, Weights, dlib_file, facer_network, require_facer
+from fsvfm.faces.networks import DETECTOR, DETECTOR_URL, ModelPool, Weights, dlib_file, facer_network, require_facer
 
 _CNN_FILE = "mmod_human_face_detector.dat"
 
@@ -57,9 +58,8 @@ class FaceDetector(Protocol):
 class DlibHOG:
     """dlib's frontal HOG detector, as the papers use it for every data set.
 
-    It may be called by several threads at once: dlib computes outside Python's lock, on one core, and each call has one
-    of dlib's detectors, which remember what they are at, for itself. The object is cheap to copy to worker processes:
-    dlib's part is made when it is needed and is not pickled.
+    Several threads may call it at once: dlib computes outside Python's lock, each call on one core. The object is cheap
+    to copy to worker processes: dlib's part is made when it is needed and is not pickled.
 
     Args:
         upsample: how often the picture is doubled before the search; 1 finds faces from about 40 pixels.
@@ -71,7 +71,7 @@ class DlibHOG:
             raise ConfigError(f"upsample must be 0 or more, got {upsample}")
         self.upsample = upsample
         self.threshold = threshold
-        self._idle: list[Any] = []
+        self._detectors = ModelPool(_frontal)
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
         """Find frontal faces.
@@ -86,17 +86,14 @@ class DlibHOG:
             DataError: not such an image.
         """
         check_rgb(image)
-        try:
-            detector = self._idle.pop()
-        except IndexError:
-            detector = dlib.get_frontal_face_detector()
-        rectangles, scores, _ = detector.run(np.ascontiguousarray(image), self.upsample, self.threshold)
-        self._idle.append(detector)
+        with self._detectors.model() as detector:
+            rectangles, scores, _ = detector.run(np.ascontiguousarray(image), self.upsample, self.threshold)
         found = [Detection(_box(rectangle), float(score)) for rectangle, score in zip(rectangles, scores, strict=True)]
         return sorted(found, key=lambda detection: -detection.score)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_idle": []}
+
+def _frontal() -> Any:
+    return dlib.get_frontal_face_detector()
 
 
 def _box(rectangle: Any) -> Box:
@@ -106,7 +103,8 @@ def _box(rectangle: Any) -> Box:
 class DlibCNN:
     """dlib's max-margin CNN detector.
 
-    The object is cheap to copy to worker processes: the network is loaded at the first call and is not pickled.
+    Several threads may call it at once. The object is cheap to copy to worker processes: the network is loaded when it
+    is needed and is not pickled.
 
     Args:
         upsample: how often the picture is doubled before the search; 0 finds faces from about 80 pixels.
@@ -124,7 +122,7 @@ class DlibCNN:
         self.path = Path(path) if path is not None else dlib_file(_CNN_FILE, "face detector")
         if not self.path.is_file():
             raise FaceModelError(f"the face detector {self.path} does not exist; expected dlib's {_CNN_FILE}")
-        self._detector: Any = None
+        self._detectors = ModelPool(partial(_cnn, self.path))
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
         """Find faces, as :class:`FaceDetector` says.
@@ -134,21 +132,17 @@ class DlibCNN:
             FaceModelError: the file is not dlib's detector.
         """
         check_rgb(image)
-        if self._detector is None:
-            try:
-                self._detector = dlib.cnn_face_detection_model_v1(str(self.path))
-            except RuntimeError as error:
-                raise FaceModelError(
-                    f"{self.path} is not a dlib face detector ({error}); fetch {_CNN_FILE} again"
-                ) from error
-        found = [
-            Detection(_box(each.rect), float(each.confidence))
-            for each in self._detector(np.ascontiguousarray(image), self.upsample)
-        ]
+        with self._detectors.model() as detector:
+            faces = detector(np.ascontiguousarray(image), self.upsample)
+        found = [Detection(_box(each.rect), float(each.confidence)) for each in faces]
         return sorted(found, key=lambda detection: -detection.score)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_detector": None}
+
+def _cnn(path: Path) -> Any:
+    try:
+        return dlib.cnn_face_detection_model_v1(str(path))
+    except RuntimeError as error:
+        raise FaceModelError(f"{path} is not a dlib face detector ({error}); fetch {_CNN_FILE} again") from error
 
 
 class RetinaFace:

