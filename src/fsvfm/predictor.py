@@ -319,9 +319,7 @@ class Predictor:
         # One by one: what is waiting in a batch would be lost when the recording is interrupted.
         tracker = Tracker()
         found = self._scored(self._found(_camera(str(x), frames), crop, tracker), _of(advance, frames), batch=1)
-        done = Frames(_until_interrupted(found))
-        done.rename(tracker.aliases)
-        return self._followed(str(x), kind, done, aggregate, [])
+        return self._followed(str(x), kind, Frames(_until_interrupted(found)), tracker, aggregate, [])
 
     def failed(self, source: str, kind: str, error: str) -> Prediction:
         """The result of an input that cannot be scored."""
@@ -366,8 +364,7 @@ class Predictor:
         notes = [f"{missed} of {len(indices)} frames could not be read"] if missed else []
         if absent:
             notes.append(f"the file holds {info.frames} of the {info.claimed} frames that it claims")
-        done.rename(tracker.aliases)
-        return self._followed(source, "video", done, aggregate, notes)
+        return self._followed(source, "video", done, tracker, aggregate, notes)
 
     def _found(
         self,
@@ -387,7 +384,7 @@ class Predictor:
             if tracker is not None and crop:  # pictures that are face crops already show one person
                 people = [self._recogniser(image, found.box) for found, _ in faces]
                 if not tracker.near:
-                    _ = [person.descriptor for person in people]  # all are needed; here, where threads share the work
+                    _ = [person.descriptor for person in people]  # all are needed; here, while the network computes
             prepared = [self._prepared(face) for _, face in faces]
             return Frame(index, time, []), [found for found, _ in faces], people, prepared
 
@@ -429,8 +426,11 @@ class Predictor:
         named = dict(zip(self.names, members.tolist(), strict=True)) if len(self.names) > 1 else {}
         return Face(identity, box, score, probability, self.threshold.verdict(probability), named, frames)
 
-    def _followed(self, source: str, kind: str, frames: Frames, aggregate: str, notes: Sequence[str]) -> Prediction:
-        """The result of a video from its scored frames."""
+    def _followed(
+        self, source: str, kind: str, frames: Frames, tracker: Tracker, aggregate: str, notes: Sequence[str]
+    ) -> Prediction:
+        """The result of a video from its scored frames, and who turned out to be whom."""
+        frames.rename(tracker.aliases)
         together = AGGREGATES[aggregate]
         faces = []
         for track in frames.tracks():

@@ -15,16 +15,16 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # One process for all: what they import takes longer than what they do.
 RUN = """
 import runpy, sys
-folder = sys.argv.pop(1)
+folder, *words = sys.argv.pop(1).split("|")
 for name in sys.argv[1:]:
-    sys.argv = [name, "--dry", "--output", f"{folder}/{name}.json"]
+    sys.argv = [name, "--dry", "--output", f"{folder}/{name}.json", *words]
     runpy.run_path(f"{name}.py", run_name="__main__")
 """
 
 
-def dry_runs(folder: Path, *names: str) -> dict[str, Any]:
+def dry_runs(folder: Path, *names: str, words: tuple[str, ...] = ()) -> dict[str, Any]:
     subprocess.run(
-        [sys.executable, "-c", RUN, str(folder), *names],
+        [sys.executable, "-c", RUN, "|".join((str(folder), *words)), *names],
         cwd=BENCHMARKS,
         env={**os.environ, "PYTHONPATH": str(BENCHMARKS), "OMP_NUM_THREADS": "1"},
         check=True,
@@ -58,3 +58,15 @@ def test_the_other_benchmarks_run_dry(tmp_path: Path) -> None:
     assert all({"settings", "machine", "rows"} <= report.keys() for report in found.values())
     assert set(found["scale"]["rows"]) == {"prepare", "epoch", "inspect"}
     assert found["evaluation"]["ratios"]["evaluation"] > 0
+
+
+@pytest.mark.slow
+def test_benchmarks_of_prediction_run_dry(tmp_path: Path, media_dir: Path) -> None:
+    found = dry_runs(tmp_path, "video", "prediction", words=("--photo", str(media_dir / "photos" / "000.jpg")))
+    assert found["video"]["rows"]
+    report = found["prediction"]
+    assert {"photograph, the command", "video, 32 frames, loaded"} < set(report["seconds"])
+    assert all(value > 0 for value in report["seconds"].values())
+    for peaks in report["memory_mb"].values():
+        assert set(peaks) == {"1", "2"}
+        assert peaks["2"] < 1.1 * peaks["1"]
