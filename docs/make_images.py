@@ -19,8 +19,10 @@ from fsvfm.callbacks.panels import reconstruction
 from fsvfm.checkpoint import load_checkpoint
 from fsvfm.data.datasets import read_image
 from fsvfm.data.manifest import Manifest
+from fsvfm.explain import explain
 from fsvfm.faces.images import LABEL_COLOURS
 from fsvfm.faces.parse import make_parser
+from fsvfm.loaded_detector import load_detector_network
 from fsvfm.loading import load_into
 from fsvfm.masking import STRATEGIES, Masker, Masks, crfr_p
 from fsvfm.regions import COVERABLE, REGION_BIT, region_grid
@@ -201,6 +203,12 @@ def draw_adapter() -> None:
     save(figure, "fs_adapter")
 
 
+def draw_explanation(face: np.ndarray) -> None:
+    """Where the demo detector's score of a face comes from."""
+    detector = load_detector_network(str(RUN.parents[1] / "demo_dfd" / "export"))
+    explain(detector, face, encoder=RUN).figure(HERE / "images" / "explanation.png")
+
+
 def seeded(seed: int) -> torch.Generator:
     """A generator for one draw."""
     return torch.Generator().manual_seed(seed)
@@ -220,6 +228,7 @@ def main() -> None:
     draw_crfr_p(face, labels)
     draw_networks()
     draw_adapter()
+    draw_explanation(face)
 
 
 if __name__ == "__main__":

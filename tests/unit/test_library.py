@@ -33,6 +33,17 @@ def test_importing_brings_no_torch_and_all_names_are_there() -> None:
         fsvfm.load_everything  # noqa: B018
 
 
+def test_scoring_waits_for_nothing_of_training(tmp_path: Path) -> None:
+    folder = write_detector(tmp_path / "export")
+    script = (
+        "import sys, numpy, fsvfm, fsvfm.scoring\n"
+        f"fsvfm.load_detector({str(folder)!r}).predict(numpy.zeros((64, 64, 3), numpy.uint8), crop=False)\n"
+        "heavy = {'pytorch_lightning', 'torchmetrics', 'albumentations', 'peft', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_an_encoder_gives_the_detectors_features(tmp_path: Path) -> None:
     folder = write_detector(tmp_path / "export", mean=0.3)
     detector = load_detector_network(str(folder))
