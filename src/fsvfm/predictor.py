@@ -11,12 +11,10 @@ anti-spoofing, where "fake" is an attack, then gets aligned chips instead.
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +38,7 @@ from fsvfm.faces.video import frame_indices, probe, read_frames
 from fsvfm.loaded_detector import LoadedDetector, load_detector_network
 from fsvfm.metrics.calibration import CLIP, apply_temperature
 from fsvfm.prediction import Face, Frame, Frames, Prediction, choose_threshold
+from fsvfm.threads import ahead, in_parallel
 
 #: Side of a crop relative to the face box in training, where the export does not tell.
 SCALE = 1.3
@@ -55,9 +54,6 @@ SEARCHED = 8
 
 #: Frames that are decoded, and frames whose faces wait for the network, before those before them are dealt with.
 DECODED, FOUND = 2, 8
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def _mean(values: np.ndarray) -> float:
@@ -78,42 +74,6 @@ AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {"mean": _mean, "trimmed"
 
 
 # ----------------------------------------------------------------------------------------------------------- predictor
-
-
-def ahead(items: Iterable[T], depth: int) -> Generator[T]:
-    """The same items in the same order, drawn in a thread of their own, up to `depth` before they are asked for.
-
-    What goes wrong there is raised here, in the place of the item. Closing this ends the thread, after the item that
-    it is at; `items` stay as they are.
-    """
-    source, end = iter(items), object()
-    pool = ThreadPoolExecutor(1, "ahead")
-    try:
-        waiting = deque(pool.submit(next, source, end) for _ in range(depth))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(pool.submit(next, source, end))
-            yield item  # type: ignore[misc]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def in_parallel(function: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Generator[R]:
-    """What a function gives for each of the items, in their order, made by so many threads.
-
-    Up to `depth` results are made, or being made, before they are asked for. What goes wrong is raised here, in the
-    place of the item; closing this ends the threads, each after the item that it is at.
-    """
-    pool = ThreadPoolExecutor(threads, "in_parallel")
-    waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class _Found(NamedTuple):
