@@ -95,7 +95,7 @@ class Track(NamedTuple):
 class Frames(Sequence[Frame]):
     """The scored frames of a video, in order; objects are made when they are looked at.
 
-    They are kept in columns, about 80 bytes for a frame with a face, where the objects take 700: of an hour of which
+    They are kept in columns, about 80 bytes for a frame with a face, where the objects take 600: of an hour of which
     every frame is scored a few megabytes stay in memory.
 
     Args:

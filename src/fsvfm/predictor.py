@@ -106,7 +106,7 @@ class Predictor:
 
     Raises:
         ConfigError: no detector, detectors of different tasks or crops, an unknown face detector or threshold.
-        FaceModelError: a model for finding faces is missing.
+        FaceModelError: a model for finding faces, or for telling people apart, is missing.
     """
 
     def __init__(

@@ -314,7 +314,7 @@ def test_frames_of_an_hour_take_megabytes() -> None:
     finally:
         tracemalloc.stop()
     assert len(kept) == 9000
-    assert taken < 9000 * 130  # objects would take 700 bytes each
+    assert taken < 9000 * 130  # objects would take 600 bytes each
 
 
 def test_a_flicker_does_not_decide_about_a_video() -> None:

@@ -44,6 +44,9 @@ class Recogniser:
             image: (H, W, 3) uint8 RGB.
             box: in pixels of `image`.
 
+        Returns:
+            the face, upright; who it is is computed when its descriptor is wanted.
+
         Raises:
             DataError: not such an image.
             FaceModelError: a file is not dlib's.
